@@ -1,0 +1,190 @@
+"""The numbers that rebuild an empty COST-EFF model: widths per layer, embedding rank, exits and exit settings."""
+
+# No `from __future__ import annotations` here: `@strict` skips the type check of a field whose annotation is a string.
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+
+MAX_LAYERS = 1_000
+MAX_WIDTH = 1_000_000
+if TYPE_CHECKING:  # what __post_init__ leaves
+    PerLayer = list[int]
+    ExitLayers = list[int]
+else:  # what is accepted
+    PerLayer = int | list[int]
+    ExitLayers = list[int] | None
+
+EXIT_HEADS = ("linear",)
+
+
+def expand_per_layer(value: Any, num_layers: int) -> Any:
+    """One value per layer: a scalar is repeated, a list is copied, anything else is left to the validation.
+
+    >>> expand_per_layer(12, 3)
+    [12, 12, 12]
+    >>> expand_per_layer([4, 0, 1], 3)
+    [4, 0, 1]
+    """
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value] * num_layers if isinstance(value, int) else value
+
+
+def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"`{name}` is {value!r}. It must be a whole number in {low}..{high}.")
+
+
+@strict
+class CostEffConfig(PreTrainedConfig):
+    """Configuration of [`CostEffModel`]: a post-LN encoder whose heads, neurons and embedding may be narrow and uneven.
+
+    The residual width (`hidden_size`) is never cut; what shrinks is the number of heads and feed-forward neurons of
+    each layer and the rank of the word embedding (COST-EFF, Shen et al. 2022, section 3). Everything that is needed
+    to build the empty model stands here, so `from_pretrained` needs no other file than `config.json`.
+
+    Args:
+        vocab_size: Entries of the word embedding.
+        hidden_size: Residual width, the size of every hidden state.
+        embedding_rank: Rank of the factorised word embedding, in 1..`hidden_size`; `None` keeps one full matrix.
+        num_hidden_layers: Encoder layers (depth).
+        num_attention_heads: Heads kept, one number per layer; a scalar holds for every layer, 0 removes the attention
+            of a layer but for its output bias.
+        attention_head_size: Width of one head. It does not follow from `hidden_size`, because heads are removed.
+        intermediate_size: Feed-forward neurons kept, one number per layer; scalar and 0 as for the heads.
+        hidden_act: Name of the feed-forward activation (a key of `transformers.activations.ACT2FN`).
+        hidden_dropout_prob: Dropout probability of embeddings, sublayer outputs and exit heads.
+        attention_probs_dropout_prob: Dropout probability of the attention weights.
+        classifier_dropout: Dropout probability before an exit's classifier; `None` uses `hidden_dropout_prob`.
+        max_position_embeddings: Rows of the position table (RoBERTa's include its offset).
+        position_offset: 0 numbers positions 0, 1, 2, ...; above 0, non-padding tokens are numbered from this value
+            and padding gets `pad_token_id` (RoBERTa's way, with offset `pad_token_id + 1`).
+        type_vocab_size: Token types; 0 for none (DistilBERT).
+        layer_norm_eps: Epsilon of every layer norm.
+        initializer_range: Standard deviation of fresh weights.
+        pad_token_id: Index of the padding token.
+        exit_layers: 1-based layers that own an exit, ascending. `None` puts an exit after every layer. The last layer
+            is always in.
+        exit_head: Form of the exit head. `"linear"`: classifier(dropout(tanh(hidden[:, 0]))).
+        gradient_equilibrium: Whether training scales gradients so that a layer sees the mean over this and all deeper
+            exits (Li et al. 2019). It never changes a forward result.
+        exit_config: Saved exit settings as a plain dict (see [`ExitConfig`]); `None` if the model was not calibrated.
+
+    Raises:
+        StrictDataclassError: (huggingface_hub's, around a `ValueError` or `TypeError`) for a value out of range or of
+            the wrong type.
+
+    Example:
+        >>> config = CostEffConfig(num_hidden_layers=2, num_attention_heads=[2, 0], intermediate_size=8)
+        >>> config.num_attention_heads, config.intermediate_size, config.exit_layers
+        ([2, 0], [8, 8], [1, 2])
+    """
+
+    model_type = "costeff"
+    keys_to_ignore_at_inference = ["exit_logits", "hidden_states", "attentions"]
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    embedding_rank: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: PerLayer = cast(Any, 12)
+    attention_head_size: int = 64
+    intermediate_size: PerLayer = cast(Any, 3072)
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    max_position_embeddings: int = 512
+    position_offset: int = 0
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    exit_layers: ExitLayers = cast(Any, None)
+    exit_head: str = "linear"
+    gradient_equilibrium: bool = True
+    exit_config: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _check_integer("num_hidden_layers", self.num_hidden_layers, 1, MAX_LAYERS)  # before anything is expanded
+        self.num_attention_heads = expand_per_layer(self.num_attention_heads, self.num_hidden_layers)
+        self.intermediate_size = expand_per_layer(self.intermediate_size, self.num_hidden_layers)
+        if self.exit_layers is None:
+            self.exit_layers = list(range(1, self.num_hidden_layers + 1))
+        super().__post_init__(**kwargs)
+
+    @property
+    def resolved_problem_type(self) -> str:
+        """`problem_type` where it is set; otherwise regression for one label and single-label for several."""
+        if self.problem_type is not None:
+            return self.problem_type
+        return "regression" if self.num_labels == 1 else "single_label_classification"
+
+    def exit_index(self, exit_layer: int) -> int:
+        """Position (0-based) of the exit after `exit_layer` (1-based) in the list of exits."""
+        return self.exit_layers.index(exit_layer)
+
+    def validate_sizes(self) -> None:
+        """Refuse sizes that no model can have, before any memory is taken."""
+        for name in ("vocab_size", "hidden_size", "attention_head_size", "max_position_embeddings"):
+            _check_integer(name, getattr(self, name), 1, 100 * MAX_WIDTH if name == "vocab_size" else MAX_WIDTH)
+        _check_integer("type_vocab_size", self.type_vocab_size, 0, MAX_WIDTH)
+        _check_integer("position_offset", self.position_offset, 0, self.max_position_embeddings - 1)
+        if self.position_offset and self.pad_token_id is None:
+            raise ValueError(
+                "`position_offset` counts non-padding tokens, so it needs a `pad_token_id`, which is None."
+            )
+        if self.pad_token_id is not None:
+            _check_integer("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
+        if self.embedding_rank is not None:
+            _check_integer("embedding_rank", self.embedding_rank, 1, self.hidden_size)
+
+    def validate_numbers(self) -> None:
+        """Refuse dropout probabilities outside 0..1 and scales that are negative or not finite."""
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"`{name}` is {value!r}. It must be a probability in 0..1.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` is {value!r}. It must be a finite number, 0 or more.")
+
+    def validate_names(self) -> None:
+        """Refuse an unknown activation or problem type, and a model without labels."""
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r}. It must be one of {', '.join(sorted(ACT2FN))}.")
+        problem_types = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
+        if self.problem_type is not None and self.problem_type not in problem_types:
+            raise ValueError(f"`problem_type` is {self.problem_type!r}. It must be one of {', '.join(problem_types)}.")
+        if self.num_labels < 1:
+            raise ValueError("`num_labels` is 0. An exit needs at least 1 label (1 means regression).")
+
+    def validate_widths(self) -> None:
+        """Refuse per-layer widths that are negative, huge, or not one per layer."""
+        for name in ("num_attention_heads", "intermediate_size"):
+            widths = getattr(self, name)
+            if len(widths) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` has {len(widths)} entries for {self.num_hidden_layers} layers. "
+                    "Give one number per layer, or one number for all."
+                )
+            for layer, width in enumerate(widths, start=1):
+                _check_integer(f"{name} of layer {layer}", width, 0, MAX_WIDTH)
+
+    def validate_exits(self) -> None:
+        """Refuse exit layers that are out of order, out of range, or leave the last layer without an exit."""
+        layers = self.exit_layers
+        if not layers or layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] != self.num_hidden_layers:
+            raise ValueError(
+                f"`exit_layers` is {layers}. It must ascend without repeats within 1..{self.num_hidden_layers} and end "
+                f"with the last layer, {self.num_hidden_layers}."
+            )
+        if self.exit_head not in EXIT_HEADS:
+            raise ValueError(f"`exit_head` is {self.exit_head!r}. It must be one of {', '.join(EXIT_HEADS)}.")

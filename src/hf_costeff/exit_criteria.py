@@ -1,0 +1,456 @@
+"""When a row may leave: criteria over the exit logits seen so far, and the settings that choose one.
+
+A criterion is a pure function of the logits a row has produced at the checked exits up to now. It holds no state
+between rows or calls, so a row's answer cannot depend on its batch, and the same object replays stored logits
+(`simulate_exits`) when thresholds are chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+
+
+def decision_log_probabilities(logits: Tensor, problem_type: str) -> Tensor:
+    """Log-probabilities of every decision a row takes: one for single-label, one yes/no per label for multi-label.
+
+    Args:
+        logits: Raw logits, shape (..., labels).
+        problem_type: `"single_label_classification"` or `"multi_label_classification"`.
+
+    Returns:
+        Natural logarithms, shape (..., decisions, classes): (..., 1, labels) or (..., labels, 2). Computed by
+        log-softmax in at least single precision, so finite for logits of any finite size.
+
+    Raises:
+        ValueError: For regression, where a number has no probability.
+
+    Example:
+        >>> decision_log_probabilities(torch.zeros(1, 2), "single_label_classification").exp()
+        tensor([[[0.5000, 0.5000]]])
+        >>> decision_log_probabilities(torch.zeros(1, 3), "multi_label_classification").shape
+        torch.Size([1, 3, 2])
+    """
+    if problem_type == REGRESSION:
+        raise ValueError(
+            "A regression model has no class probabilities, so entropy, confidence and margin do not exist. "
+            'Use ExitConfig(criterion="patience", patience=..., tolerance=<label units>).'
+        )
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    choices = (
+        logits.unsqueeze(-2) if problem_type == SINGLE_LABEL else torch.stack([torch.zeros_like(logits), logits], -1)
+    )
+    return torch.log_softmax(choices, dim=-1)
+
+
+def probabilities(logits: Tensor, problem_type: str) -> Tensor:
+    """Class probabilities (softmax), label probabilities (sigmoid), or the values themselves for regression.
+
+    Args:
+        logits: Raw logits, shape (batch, labels).
+        problem_type: As upstream's `config.problem_type`.
+
+    Returns:
+        Shape (batch, labels).
+
+    Example:
+        >>> probabilities(torch.zeros(1, 4), "single_label_classification")
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    if problem_type == REGRESSION:
+        return logits
+    decisions = decision_log_probabilities(logits, problem_type).exp()
+    return decisions.squeeze(-2) if problem_type == SINGLE_LABEL else decisions[..., 1]
+
+
+def entropy(log_probabilities: Tensor) -> Tensor:
+    """Entropy in nats of the least sure decision, between 0 and ln(classes).
+
+    Args:
+        log_probabilities: From [`decision_log_probabilities`], shape (..., decisions, classes).
+
+    Returns:
+        Shape (...).
+
+    Example:
+        >>> entropy(decision_log_probabilities(torch.zeros(1, 2), "single_label_classification"))
+        tensor([0.6931])
+    """
+    return (-log_probabilities.exp() * log_probabilities).sum(-1).amax(-1)
+
+
+def normalized_confidence(log_probabilities: Tensor) -> Tensor:
+    """Largest probability of the least sure decision, rescaled so that 0 is a uniform guess and 1 is certainty.
+
+    Args:
+        log_probabilities: Shape (..., decisions, classes).
+
+    Returns:
+        (p_max - 1/C) / (1 - 1/C), shape (...).
+    """
+    uniform = 1 / log_probabilities.shape[-1]
+    return ((log_probabilities.exp().amax(-1) - uniform) / (1 - uniform)).amin(-1).clamp(0, 1)  # 1 despite rounding
+
+
+def margin(log_probabilities: Tensor) -> Tensor:
+    """Gap between the two largest probabilities of the least sure decision, in [0, 1].
+
+    Args:
+        log_probabilities: Shape (..., decisions, classes).
+
+    Returns:
+        Shape (...).
+    """
+    top = log_probabilities.exp().topk(2, dim=-1).values
+    return (top[..., 0] - top[..., 1]).amin(-1)
+
+
+class ExitCriterion(ABC):
+    """A rule for leaving. Subclasses answer for a batch of rows at one checked exit."""
+
+    name: ClassVar[str]
+
+    def __init__(self, settings: ExitConfig, num_exits: int, problem_type: str) -> None:
+        """Spread the settings over the exits.
+
+        Args:
+            settings: Thresholds, temperatures and counts; one value serves all exits.
+            num_exits: Exits of the model, checked or not.
+            problem_type: As upstream's `config.problem_type`.
+
+        Raises:
+            ValueError: If a list has not one entry per exit, or the criterion cannot serve the problem type.
+        """
+        self.problem_type = problem_type
+        self.temperatures = spread("temperatures", settings.temperatures, num_exits)
+
+    def scaled(self, logits: Tensor, exit_index: int) -> Tensor:
+        """Logits over the exit's temperature, shape as given."""
+        return logits / self.temperatures[exit_index]
+
+    @abstractmethod
+    def leaves(self, history: Tensor, exit_index: int) -> Tensor:
+        """Which rows leave at this exit.
+
+        Args:
+            history: Raw logits of the checked exits so far, this one last, shape (rows, seen, labels).
+            exit_index: 0-based position of this exit in the model's list of exits.
+
+        Returns:
+            Booleans, True = leaves, shape (rows,).
+        """
+
+
+class ThresholdCriterion(ExitCriterion):
+    """A criterion that compares one measure of the current exit with a threshold."""
+
+    lower_is_surer: ClassVar[bool]
+    everybody_leaves: ClassVar[float]
+
+    def __init__(self, settings: ExitConfig, num_exits: int, problem_type: str) -> None:
+        super().__init__(settings, num_exits, problem_type)
+        if problem_type == REGRESSION:
+            raise ValueError(
+                f"The {self.name} criterion needs class probabilities, and this is a regression model. "
+                'Use ExitConfig(criterion="patience", patience=..., tolerance=<label units>).'
+            )
+        if settings.threshold is None:
+            raise ValueError(f"The {self.name} criterion needs a `threshold`: one number, or one per exit.")
+        self.thresholds = spread("threshold", settings.threshold, num_exits)
+
+    @abstractmethod
+    def measure(self, log_probabilities: Tensor) -> Tensor:
+        """The compared quantity, shape (rows,), from log-probabilities of shape (rows, decisions, classes)."""
+
+    def leaves(self, history: Tensor, exit_index: int) -> Tensor:
+        """Strict comparison; a threshold at or past the far end lets every row leave, by definition."""
+        threshold = self.thresholds[exit_index]
+        logits = history[:, -1]
+        if (threshold >= self.everybody_leaves) if self.lower_is_surer else (threshold <= self.everybody_leaves):
+            return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        measured = self.measure(decision_log_probabilities(self.scaled(logits, exit_index), self.problem_type))
+        return measured < threshold if self.lower_is_surer else measured > threshold
+
+
+class EntropyCriterion(ThresholdCriterion):
+    """Leave when the normalised entropy, entropy / ln(classes), is strictly below the threshold (a fraction).
+
+    0: nobody leaves early; 1 or more: everybody leaves at the first checked exit. One scale for 2 and for 150 classes
+    (COST-EFF, Shen et al. 2022, uses nats; see [`EntropyInNatsCriterion`]).
+    """
+
+    name = "entropy"
+    lower_is_surer = True
+    everybody_leaves = 1.0
+
+    def measure(self, log_probabilities: Tensor) -> Tensor:
+        """Normalised entropy, shape (rows,)."""
+        return entropy(log_probabilities) / math.log(log_probabilities.shape[-1])
+
+
+class EntropyInNatsCriterion(ThresholdCriterion):
+    """Leave when the entropy in nats is strictly below the threshold, as the papers state it (ln C at most)."""
+
+    name = "entropy_nats"
+    lower_is_surer = True
+    everybody_leaves = math.inf
+
+    def measure(self, log_probabilities: Tensor) -> Tensor:
+        """Entropy in nats, shape (rows,)."""
+        return entropy(log_probabilities)
+
+
+class ConfidenceCriterion(ThresholdCriterion):
+    """Leave when the largest probability, rescaled to [0, 1], is strictly above the threshold.
+
+    1: nobody leaves early; 0: everybody leaves at the first checked exit, by definition.
+    """
+
+    name = "confidence"
+    lower_is_surer = False
+    everybody_leaves = 0.0
+
+    def measure(self, log_probabilities: Tensor) -> Tensor:
+        """Rescaled largest probability, shape (rows,)."""
+        return normalized_confidence(log_probabilities)
+
+
+class MarginCriterion(ThresholdCriterion):
+    """Leave when the gap of the two largest probabilities is strictly above the threshold; limits as confidence."""
+
+    name = "margin"
+    lower_is_surer = False
+    everybody_leaves = 0.0
+
+    def measure(self, log_probabilities: Tensor) -> Tensor:
+        """Gap of the two largest probabilities, shape (rows,)."""
+        return margin(log_probabilities)
+
+
+class PatienceCriterion(ExitCriterion):
+    """Leave when `patience` checked exits in a row repeat the answer of the exit before them (PABEE, Zhou et al. 2020).
+
+    Classification compares the arg-max, multi-label the set of labels above one half, regression the value within
+    `tolerance` (label units, strictly). The earliest exit is therefore checked exit number `patience` + 1.
+    """
+
+    name = "patience"
+
+    def __init__(self, settings: ExitConfig, num_exits: int, problem_type: str) -> None:
+        super().__init__(settings, num_exits, problem_type)
+        if settings.patience is None:
+            raise ValueError("The patience criterion needs `patience`: how many agreeing exits in a row, at least 1.")
+        if problem_type == REGRESSION and settings.tolerance is None:
+            raise ValueError("Patience on a regression model needs `tolerance`: the largest change, in label units.")
+        self.patience = settings.patience
+        self.tolerance = settings.tolerance or 0.0
+
+    def leaves(self, history: Tensor, exit_index: int) -> Tensor:
+        """True where the last `patience` steps between checked exits all agree, shape (rows,)."""
+        if history.shape[1] <= self.patience:
+            return torch.zeros(len(history), dtype=torch.bool, device=history.device)
+        window = history[:, -self.patience - 1 :]
+        if self.problem_type == REGRESSION:
+            agrees = (window[:, 1:] - window[:, :-1]).abs().amax(-1) < self.tolerance
+        elif self.problem_type == MULTI_LABEL:
+            agrees = ((window[:, 1:] > 0) == (window[:, :-1] > 0)).all(-1)
+        else:
+            answers = window.argmax(-1)
+            agrees = answers[:, 1:] == answers[:, :-1]
+        return agrees.all(-1)
+
+
+CRITERIA: dict[str, type[ExitCriterion]] = {
+    criterion.name: criterion
+    for criterion in (EntropyCriterion, EntropyInNatsCriterion, ConfidenceCriterion, MarginCriterion, PatienceCriterion)
+}
+
+
+def spread(name: str, value: float | Sequence[float], num_exits: int) -> list[float]:
+    """One number per exit, from one number or a list of the right length.
+
+    >>> spread("threshold", 0.5, 3)
+    [0.5, 0.5, 0.5]
+    """
+    if isinstance(value, (int, float)):
+        return [float(value)] * num_exits
+    if len(value) != num_exits:
+        raise ValueError(
+            f"`{name}` has {len(value)} entries and the model has {num_exits} exits. "
+            "Give one number, or one per exit (the last exit's is never used)."
+        )
+    return [float(number) for number in value]
+
+
+def _numbers(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_number(value: Any, low: float, high: float = math.inf) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value, 1)
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """Settings of early exit: to `predict` what `GenerationConfig` is to `generate`.
+
+    Args:
+        criterion: A key of `CRITERIA`: `"entropy"` (normalised), `"entropy_nats"`, `"confidence"`, `"margin"`,
+            `"patience"`.
+        threshold: Limit of the criterion, one number or one per exit: a fraction in 0..1 for entropy, confidence and
+            margin; nats for `"entropy_nats"`; unused by patience.
+        patience: Agreeing exits in a row, at least 1; patience criterion only.
+        tolerance: Largest change between exits that still agrees, in label units; regression only.
+        temperatures: Divisor of the logits before the criterion looks at them, one or one per exit, above 0.
+        checked_exits: Exit layers (1-based) whose exit is evaluated, ascending; `None` checks all. The last layer
+            always answers and need not be listed.
+        calibration: What was promised when the thresholds were chosen, and on what data; `None` if set by hand.
+
+    Raises:
+        ValueError: For a value out of its range; the message names the range.
+
+    Example:
+        >>> ExitConfig(threshold=0.3).to_dict()
+        {'criterion': 'entropy', 'threshold': 0.3, 'temperatures': 1.0}
+    """
+
+    criterion: str = "entropy"
+    threshold: float | list[float] | None = None
+    patience: int | None = None
+    tolerance: float | None = None
+    temperatures: float | list[float] = 1.0
+    checked_exits: list[int] | None = None
+    calibration: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"`criterion` is {self.criterion!r}. It must be one of {', '.join(CRITERIA)}.")
+        high = math.inf if self.criterion == "entropy_nats" else 1.0
+        if self.threshold is not None:
+            for number in _numbers(self.threshold):
+                self._require("threshold", number, _is_number(number, 0, high), f"a number in 0..{high:g}")
+        for number in _numbers(self.temperatures):
+            self._require("temperatures", number, _is_number(number, 0) and 0 < number < math.inf, "a number above 0")
+        if self.patience is not None:
+            self._require("patience", self.patience, _is_count(self.patience), "a whole number, at least 1")
+        if self.tolerance is not None:
+            self._require("tolerance", self.tolerance, _is_number(self.tolerance, 0), "0 or more, in label units")
+        if self.checked_exits is not None:
+            layers = _numbers(self.checked_exits)
+            ascending = all(map(_is_count, layers)) and isinstance(self.checked_exits, (list, tuple))
+            ascending = ascending and layers == sorted(set(layers))
+            self._require("checked_exits", self.checked_exits, ascending, "1-based layers, ascending, without repeats")
+
+    @staticmethod
+    def _require(name: str, value: Any, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"`{name}` is {value!r}. It must be {expected}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that differ from `None`, for `config.json`."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ExitConfig:
+        """The settings stored by [`to_dict`]; an unknown key is an error that names the known ones."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := set(values) - known:
+            raise ValueError(f"Unknown exit settings {sorted(unknown)}. Known: {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    @classmethod
+    def resolve(cls, early_exit: bool | float | ExitConfig | None, saved: dict[str, Any] | None) -> ExitConfig | None:
+        """What `predict(early_exit=...)` means for a model with these saved settings.
+
+        Args:
+            early_exit: `None` takes the saved settings, or full depth if there are none; `False` full depth; `True` the
+                saved settings, which must exist; a number a threshold on the normalised entropy, with the saved
+                temperatures and checked exits; an [`ExitConfig`] itself. Numbers above 1 count as 1.
+            saved: `config.exit_config`.
+
+        Returns:
+            Settings, or `None` for full depth.
+
+        Raises:
+            ValueError: `True` without saved settings, or a threshold below 0.
+            TypeError: For anything else.
+        """
+        if early_exit is False:
+            return None
+        stored = None if saved is None else cls.from_dict(saved)
+        if early_exit is None or early_exit is True:
+            if early_exit and stored is None:
+                raise ValueError(
+                    "early_exit=True uses the settings saved in the model, and this model has none. Run "
+                    "`hf-costeff calibrate`, or pass a threshold: predict(..., early_exit=0.3)."
+                )
+            return stored
+        if isinstance(early_exit, cls):
+            return early_exit
+        if isinstance(early_exit, (int, float)):
+            threshold = min(float(early_exit), 1.0)
+            if stored is None:
+                return cls(threshold=threshold)
+            return cls(threshold=threshold, temperatures=stored.temperatures, checked_exits=stored.checked_exits)
+        raise TypeError(
+            f"early_exit is {early_exit!r}. Pass None, True, False, a number (threshold on the normalised entropy), "
+            "or an ExitConfig."
+        )
+
+    def build_criterion(self, num_exits: int, problem_type: str) -> ExitCriterion:
+        """The criterion these settings describe, for a model with `num_exits` exits."""
+        return CRITERIA[self.criterion](self, num_exits, problem_type)
+
+    def is_checked(self, exit_layer: int) -> bool:
+        """Whether the exit after `exit_layer` (1-based) is evaluated."""
+        return self.checked_exits is None or exit_layer in self.checked_exits
+
+
+def simulate_exits(exit_logits: Tensor, settings: ExitConfig, exit_layers: Sequence[int], problem_type: str) -> Tensor:
+    """Where each row would leave, replayed on stored logits of all exits.
+
+    Exits do not change later computation, so this equals running `predict` row by row.
+
+    Args:
+        exit_logits: Raw logits, shape (rows, exits, labels).
+        settings: Criterion and thresholds.
+        exit_layers: 1-based layer of each exit, ascending.
+        problem_type: As upstream's `config.problem_type`.
+
+    Returns:
+        0-based index of the exit each row leaves at, shape (rows,).
+
+    Example: the first row is sure at the first exit, the second never.
+
+        >>> logits = torch.tensor([[[9.0, 0.0], [9.0, 0.0]], [[0.1, 0.0], [0.2, 0.0]]])
+        >>> simulate_exits(logits, ExitConfig(threshold=0.5), [1, 2], "single_label_classification")
+        tensor([0, 1])
+    """
+    rows, num_exits, _ = exit_logits.shape
+    criterion = settings.build_criterion(num_exits, problem_type)
+    exit_index = torch.full((rows,), num_exits - 1, device=exit_logits.device)
+    still_in = torch.ones(rows, dtype=torch.bool, device=exit_logits.device)
+    seen: list[int] = []
+    for index in range(num_exits - 1):
+        if not settings.is_checked(exit_layers[index]):
+            continue
+        seen.append(index)
+        leaving = still_in & criterion.leaves(exit_logits[:, seen], index)
+        exit_index[leaving] = index
+        still_in &= ~leaving
+    return exit_index

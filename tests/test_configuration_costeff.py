@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from helpers import tiny_config
+from hf_costeff import CostEffConfig, CostEffModel
+
+REFUSED = (StrictDataclassError, ValueError, TypeError)
+
+
+def test_a_scalar_width_holds_for_every_layer():
+    config = tiny_config(num_attention_heads=3, intermediate_size=0)
+    assert config.num_attention_heads == [3, 3, 3, 3]
+    assert config.intermediate_size == [0, 0, 0, 0]
+
+
+def test_a_list_of_widths_is_kept_and_not_shared_with_the_caller():
+    widths = [2, 0, 1, 3]
+    config = tiny_config(num_attention_heads=widths)
+    widths[0] = 99
+    assert config.num_attention_heads == [2, 0, 1, 3]
+
+
+def test_every_layer_owns_an_exit_by_default():
+    assert tiny_config().exit_layers == [1, 2, 3, 4]
+    assert tiny_config(exit_layers=[2, 4]).exit_layers == [2, 4]
+
+
+def test_exit_index_counts_exits_and_not_layers():
+    config = tiny_config(exit_layers=[2, 4])
+    assert [config.exit_index(layer) for layer in (2, 4)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_labels": 1}, "regression"),
+        ({"num_labels": 2}, "single_label_classification"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "multi_label_classification"),
+        ({"num_labels": 3, "problem_type": "regression"}, "regression"),
+        ({"num_labels": 1, "problem_type": "multi_label_classification"}, "multi_label_classification"),
+    ],
+)
+def test_the_problem_type_follows_the_number_of_labels_unless_it_is_set(settings, expected):
+    assert tiny_config(**settings).resolved_problem_type == expected
+
+
+def test_a_saved_config_comes_back_equal(tmp_path):
+    config = tiny_config(
+        embedding_rank=5,
+        exit_layers=[1, 4],
+        position_offset=1,
+        classifier_dropout=0.3,
+        gradient_equilibrium=False,
+        exit_config={"criterion": "margin", "threshold": [0.5, 0.1], "temperatures": 1.5},
+        id2label={0: "no", 1: "maybe", 2: "yes"},
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is CostEffConfig
+    assert loaded.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+
+
+def test_config_json_holds_plain_widths_that_other_tools_can_read(tmp_path):
+    tiny_config(num_attention_heads=2).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["model_type"] == "costeff"
+    assert stored["num_attention_heads"] == [2, 2, 2, 2]
+    assert stored["exit_layers"] == [1, 2, 3, 4]
+
+
+HOSTILE = [
+    ("num_hidden_layers", 10**9),
+    ("num_hidden_layers", 0),
+    ("num_hidden_layers", -1),
+    ("num_hidden_layers", "4"),
+    ("num_hidden_layers", True),
+    ("num_hidden_layers", None),
+    ("num_hidden_layers", 4.0),
+    ("num_attention_heads", -1),
+    ("num_attention_heads", 10**9),
+    ("num_attention_heads", [1, 1, 1]),
+    ("num_attention_heads", [1, 1, 1, -1]),
+    ("num_attention_heads", [1, 1, 1, "1"]),
+    ("num_attention_heads", [1, 1, 1, 1.5]),
+    ("num_attention_heads", "2"),
+    ("num_attention_heads", None),
+    ("num_attention_heads", True),
+    ("intermediate_size", [8] * 5),
+    ("intermediate_size", 10**9),
+    ("intermediate_size", -8),
+    ("attention_head_size", 0),
+    ("hidden_size", 0),
+    ("hidden_size", 10**9),
+    ("hidden_size", "12"),
+    ("vocab_size", 0),
+    ("vocab_size", 10**12),
+    ("embedding_rank", 0),
+    ("embedding_rank", 13),
+    ("embedding_rank", 2.5),
+    ("max_position_embeddings", 0),
+    ("position_offset", 24),
+    ("position_offset", -1),
+    ("type_vocab_size", -1),
+    ("pad_token_id", 41),
+    ("pad_token_id", -1),
+    ("exit_layers", []),
+    ("exit_layers", [1, 2]),
+    ("exit_layers", [2, 1, 4]),
+    ("exit_layers", [1, 1, 4]),
+    ("exit_layers", [0, 4]),
+    ("exit_layers", [1, 4, 5]),
+    ("exit_layers", [1.0, 4]),
+    ("exit_layers", "4"),
+    ("exit_layers", 4),
+    ("exit_head", "deep"),
+    ("exit_config", [0.5]),
+    ("hidden_act", "import os"),
+    ("hidden_dropout_prob", 1.5),
+    ("hidden_dropout_prob", float("nan")),
+    ("attention_probs_dropout_prob", -0.1),
+    ("attention_probs_dropout_prob", "0.1"),
+    ("classifier_dropout", 2),
+    ("layer_norm_eps", -1.0),
+    ("layer_norm_eps", "1e-12"),
+    ("initializer_range", float("inf")),
+    ("gradient_equilibrium", "yes"),
+    ("problem_type", "multiple_choice"),
+    ("num_labels", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), HOSTILE)
+def test_a_hostile_value_is_refused_by_name_and_value(name, value):
+    with pytest.raises(REFUSED) as refusal:
+        tiny_config(**{name: value})
+    assert name in str(refusal.value)
+    offender = [part for part in value if part not in (1, 8)] or [len(value)] if isinstance(value, list) else [value]
+    assert str(value) in str(refusal.value) or str(offender[0]) in str(refusal.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", 10**9), ("intermediate_size", [-1] * 4)])
+def test_a_hostile_config_file_is_refused_before_a_model_is_built(tmp_path, name, value):
+    tiny_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(REFUSED, match=name):
+        CostEffModel.from_pretrained(tmp_path)
+
+
+def test_positions_that_count_real_tokens_need_a_padding_token():
+    with pytest.raises(REFUSED, match="pad_token_id"):
+        tiny_config(position_offset=2, pad_token_id=None)
+    assert tiny_config(pad_token_id=None).pad_token_id is None
+
+
+def test_a_width_that_became_invalid_is_refused_when_the_config_is_saved(tmp_path):
+    config = tiny_config()
+    config.intermediate_size[2] = -5
+    with pytest.raises(REFUSED, match="layer 3"):
+        config.save_pretrained(tmp_path)
+
+
+def test_the_edges_of_every_width_are_accepted():
+    config = tiny_config(num_attention_heads=0, intermediate_size=0, embedding_rank=12, type_vocab_size=0)
+    assert config.embedding_rank == 12
+    assert tiny_config(embedding_rank=1).embedding_rank == 1
