@@ -1,0 +1,131 @@
+"""The parts of the multi-exit objective, each a plain function of tensors.
+
+Every part is a sum over exits (or layers) with weight 1 each, as in COST-EFF (Shen et al. 2022): the only layer
+weighting is the gradient equilibrium inside the model. Within an exit, a part is the mean over the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .exit_criteria import MULTI_LABEL, REGRESSION
+
+
+def task_loss(
+    exit_logits: Sequence[Tensor],
+    labels: Tensor,
+    problem_type: str,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Loss of every exit against the true labels, summed over exits.
+
+    Args:
+        exit_logits: Raw logits of each exit, shape (batch, labels).
+        labels: Class indices (batch,) for single-label; multi-hot (batch, labels) for multi-label; numbers (batch,) or
+            (batch, labels) for regression.
+        problem_type: Cross-entropy, binary cross-entropy, or mean squared error, as upstream's `config.problem_type`.
+        class_weights: Weight of each class (single label) or of each positive label (multi-label), shape (labels,).
+        label_smoothing: Share of the target spread evenly over the classes, in 0..1; single label only.
+
+    Returns:
+        A scalar.
+
+    Example: two exits that know nothing of two classes cost 2 ln 2.
+
+        >>> task_loss([torch.zeros(1, 2)] * 2, torch.tensor([1]), "single_label_classification")
+        tensor(1.3863)
+    """
+    total = exit_logits[0].new_zeros((), dtype=torch.float32)
+    for logits in exit_logits:
+        logits = logits.float()
+        if problem_type == REGRESSION:
+            total = total + functional.mse_loss(logits, labels.float().view_as(logits))
+        elif problem_type == MULTI_LABEL:
+            total = total + functional.binary_cross_entropy_with_logits(
+                logits, labels.float(), pos_weight=class_weights
+            )
+        else:
+            total = total + functional.cross_entropy(
+                logits, labels.view(-1), weight=class_weights, label_smoothing=label_smoothing
+            )
+    return total
+
+
+def soft_label_loss(
+    exit_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], problem_type: str, temperature: float = 1.0
+) -> Tensor:
+    """Loss of every exit against what its teacher exit says, summed over exits.
+
+    Single label: -sum_c softmax(teacher / T)_c log softmax(student / T)_c, without a T^2 factor (COST-EFF).
+    Multi-label: binary cross-entropy with the teacher's sigmoid; regression: squared distance to its value.
+
+    Args:
+        exit_logits: Student logits of each exit, shape (batch, labels).
+        teacher_logits: Teacher logits for each student exit, same shapes and number.
+        problem_type: As upstream's `config.problem_type`.
+        temperature: T above; 1 leaves the distributions as they are.
+
+    Returns:
+        A scalar.
+    """
+    total = exit_logits[0].new_zeros((), dtype=torch.float32)
+    for logits, target in zip(exit_logits, teacher_logits, strict=True):
+        student, teacher = logits.float() / temperature, target.float() / temperature
+        if problem_type == REGRESSION:
+            total = total + functional.mse_loss(logits.float(), target.float())
+        elif problem_type == MULTI_LABEL:
+            total = total + functional.binary_cross_entropy_with_logits(student, teacher.sigmoid())
+        else:
+            total = total + functional.cross_entropy(student, teacher.softmax(dim=-1))
+    return total
+
+
+def representation_loss(
+    hidden_states: Sequence[Tensor], teacher_hidden_states: Sequence[Tensor], attention_mask: Tensor | None
+) -> Tensor:
+    """Squared distance between student and teacher hidden states, summed over the embedding output and all layers.
+
+    Each term is the mean over the hidden width, then over the real tokens of a row (padding masked out), then over the
+    batch, so a long row does not outweigh a short one.
+
+    Args:
+        hidden_states: Student's, each of shape (batch, seq, hidden).
+        teacher_hidden_states: Teacher's, same shapes and number.
+        attention_mask: 1 for real tokens, shape (batch, seq); `None` where nothing is padded.
+
+    Returns:
+        A scalar.
+
+    Example: only the first of two tokens is real.
+
+        >>> student, teacher = torch.ones(1, 2, 4), torch.tensor([0.0, 9.0]).view(1, 2, 1).expand(1, 2, 4)
+        >>> representation_loss([student], [teacher], torch.tensor([[1, 0]]))
+        tensor(1.)
+    """
+    total = hidden_states[0].new_zeros((), dtype=torch.float32)
+    batch, seq, hidden = hidden_states[0].shape
+    if attention_mask is None:
+        attention_mask = hidden_states[0].new_ones(batch, seq)
+    token_weights = attention_mask / (attention_mask.sum(dim=1, keepdim=True) * batch * hidden)
+    for student, teacher in zip(hidden_states, teacher_hidden_states, strict=True):
+        squared = (student.float() - teacher.float()).square()
+        total = total + torch.einsum("bsh,bs->", squared, token_weights.float())
+    return total
+
+
+def weighted_sum(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Total loss: each named part times its weight.
+
+    A part with weight 0 stays in the graph, so that every parameter it touches gets a (zero) gradient; distributed
+    training needs that.
+
+    Example:
+        >>> weighted_sum({"task_loss": torch.tensor(2.0)}, {"task_loss": 0.5})
+        tensor(1.)
+    """
+    return torch.stack([weights[name] * part for name, part in parts.items()]).sum()

@@ -1,0 +1,246 @@
+"""Multi-exit training: upstream's Trainer with the joint exit-aware distillation loss, by hooks only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.utils import logging
+
+from .checksums import is_whole, write_checksums
+from .configuration_costeff import CostEffConfig
+from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
+from .metrics import compute_metrics as default_metrics
+from .modeling_costeff import CostEffForSequenceClassification
+from .training_args import CostEffTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TeacherSignals:
+    """What a student is to imitate, aligned to its own exits and layers.
+
+    Args:
+        exit_logits: One tensor per student exit, shape (batch, labels).
+        hidden_states: Embedding output and one tensor per student layer, shape (batch, seq, hidden); may be empty.
+    """
+
+    exit_logits: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
+
+
+class Teacher:
+    """A frozen classifier and how its layers and exits map onto a student's.
+
+    Student layer l of L answers to teacher layer round(l * T / L) of T, so equal depths match layer to layer. A stock
+    classifier has one exit, its own, which teaches every exit of the student.
+    """
+
+    def __init__(self, model: PreTrainedModel, student: CostEffConfig) -> None:
+        """Freeze the teacher and check that it can teach.
+
+        Raises:
+            ValueError: If the numbers of labels differ.
+        """
+        if model.config.num_labels != student.num_labels:
+            raise ValueError(
+                f"The teacher has {model.config.num_labels} labels and the student {student.num_labels}. "
+                "Build the student from the teacher, or give both the same `num_labels`."
+            )
+        self.model = model.requires_grad_(False).eval()
+        self.accepted = set(inspect.signature(model.forward).parameters)
+        depth, width = model.config.num_hidden_layers, model.config.hidden_size
+        self.same_width = width == student.hidden_size
+        self.hidden_indices = [
+            round(layer * depth / student.num_hidden_layers) for layer in range(student.num_hidden_layers + 1)
+        ]
+        exits = model.config.exit_layers if isinstance(model.config, CostEffConfig) else [depth]
+        self.exit_indices = [
+            next(index for index, layer in enumerate(exits) if layer >= self.hidden_indices[student_exit])
+            for student_exit in student.exit_layers
+        ]
+
+    def signals(self, inputs: dict[str, Any], hidden_states: bool) -> TeacherSignals:
+        """Run the teacher without gradients on inputs that may hold more than it takes."""
+        known = {name: value for name, value in inputs.items() if name in self.accepted}
+        with torch.no_grad():
+            outputs = self.model(**known, output_hidden_states=hidden_states, return_dict=True)
+        exits = outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,)
+        states = [outputs.hidden_states[index] for index in self.hidden_indices] if hidden_states else []
+        return TeacherSignals(tuple(exits[index] for index in self.exit_indices), tuple(states))
+
+
+class ResumableTrainer(Trainer):
+    """Upstream's Trainer with checksums in its checkpoints, so that a damaged one is noticed and passed over."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As upstream's; `True` resumes from the newest whole checkpoint, or starts afresh."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if folder.is_dir():  # rotation may have removed it already
+                write_checksums(folder)
+
+
+class CostEffTrainer(ResumableTrainer):
+    """Trains all exits at once, on true labels, a teacher's soft labels and a teacher's hidden states.
+
+    The teacher is a plain attribute: frozen, in evaluation mode, never in a checkpoint. With one, rows need no labels.
+    Every loss part (`task_loss`, `soft_label_loss`, `representation_loss`) is logged by name, and every
+    exit's metrics as `eval_exit_<layer>_<metric>`, with `eval_mean_exit_<metric>` over all exits (COST-EFF's criterion
+    for the checkpoint to keep) and `eval_<metric>` for the last.
+
+    Checkpoints carry checksums: `train(resume_from_checkpoint=True)` takes the newest one that is whole.
+
+    Args:
+        model: A [`CostEffForSequenceClassification`].
+        args: [`CostEffTrainingArguments`].
+        teacher: A stock classifier or another multi-exit model with the same labels and tokenizer; `None` trains on
+            true labels alone.
+        compute_metrics: As upstream's, called once per exit; `None` uses this package's metrics for the problem type.
+        **kwargs: Everything else upstream's `Trainer` takes.
+
+    Raises:
+        ValueError: If teacher and student disagree in labels, or in hidden width while representations are trained.
+    """
+
+    loss_is_scaled_for_ga = False  # every part is a mean over its batch
+
+    def __init__(
+        self,
+        model: CostEffForSequenceClassification,
+        args: CostEffTrainingArguments,
+        *,
+        teacher: PreTrainedModel | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, compute_metrics=self._metrics_of_every_exit, **kwargs)
+        config = self.model.config
+        self.metrics_of_one_exit = compute_metrics or self._default_metrics
+        self.loss_weights = {"task_loss": args.task_weight if args.task_weight is not None else float(teacher is None)}
+        self.teacher: Teacher | None = None
+        if teacher is not None:
+            self.teacher = Teacher(teacher.to(args.device), config)
+            self.loss_weights["soft_label_loss"] = args.soft_label_weight
+            self.loss_weights["representation_loss"] = args.representation_weight
+            if args.representation_weight and not self.teacher.same_width:
+                raise ValueError(
+                    f"The teacher's hidden size is {teacher.config.hidden_size} and the student's is "
+                    f"{config.hidden_size}: their representations cannot be compared. Set representation_weight=0, "
+                    "or use a teacher of equal width."
+                )
+        if args.class_weights is not None and len(args.class_weights) != config.num_labels:
+            raise ValueError(f"`class_weights` has {len(args.class_weights)} entries for {config.num_labels} labels.")
+        self._logged_parts: dict[str, Tensor] = {}
+        self._logged_steps = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted sum of the loss parts, and the model's outputs if asked for."""
+        labels = inputs.pop("labels", None)
+        wants_states = self.loss_weights.get("representation_loss", 0) > 0
+        outputs = model(**inputs, output_hidden_states=wants_states)
+        parts = self._loss_parts(outputs, inputs, labels, wants_states)
+        if model.training:
+            self._record(parts)
+        loss = weighted_sum(parts, self._weights_now(parts))
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_parts(
+        self, outputs: Any, inputs: dict[str, Any], labels: Tensor | None, wants_states: bool
+    ) -> dict[str, Tensor]:
+        problem_type = self.model.config.resolved_problem_type
+        parts = {}
+        if labels is not None and self.loss_weights["task_loss"]:
+            weights = self.args.class_weights
+            class_weights = None if weights is None else torch.tensor(weights, device=labels.device)
+            parts["task_loss"] = task_loss(
+                outputs.exit_logits, labels, problem_type, class_weights, self.args.label_smoothing_factor
+            )
+        if self.teacher is not None:
+            with self.accelerator.autocast():
+                signals = self.teacher.signals(inputs, wants_states)
+            parts["soft_label_loss"] = soft_label_loss(
+                outputs.exit_logits, signals.exit_logits, problem_type, self.args.temperature
+            )
+            if wants_states:
+                parts["representation_loss"] = representation_loss(
+                    outputs.hidden_states, signals.hidden_states, inputs.get("attention_mask")
+                )
+        if not parts:
+            raise ValueError(
+                "Nothing to learn from: the rows have no `labels` and there is no teacher. Add a label column, or pass "
+                "`teacher=` to learn from unlabelled text."
+            )
+        return parts
+
+    def _weights_now(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        alone_until = self.args.representation_only_ratio * self.state.max_steps
+        if self.is_in_train and "representation_loss" in parts and self.state.global_step < alone_until:
+            return {name: self.loss_weights[name] * (name == "representation_loss") for name in parts}
+        return self.loss_weights
+
+    def _record(self, parts: dict[str, Tensor]) -> None:
+        for name, part in parts.items():
+            self._logged_parts[name] = self._logged_parts.get(name, 0) + part.detach()
+        self._logged_steps += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Upstream's log, with the mean of every loss part since the last one."""
+        if "loss" in logs and self._logged_steps:
+            for name, total in self._logged_parts.items():
+                mean = self.accelerator.gather(total / self._logged_steps).mean()
+                logs[name] = round(mean.item(), 4)
+            self._logged_parts, self._logged_steps = {}, 0
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Upstream's loop with every exit's logits gathered for the metrics; predictions are the last exit's."""
+        kwargs["ignore_keys"] = [*(kwargs.get("ignore_keys") or []), "hidden_states", "attentions"]
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        predictions = output.predictions
+        return output._replace(predictions=predictions[0] if isinstance(predictions, tuple) else predictions)
+
+    def _metrics_of_every_exit(self, evaluation: EvalPrediction) -> dict[str, float]:
+        _, exit_logits = evaluation.predictions
+        by_exit = [self.metrics_of_one_exit(EvalPrediction(logits, evaluation.label_ids)) for logits in exit_logits]
+        named = dict(by_exit[-1])
+        for name in by_exit[-1]:
+            named[f"mean_exit_{name}"] = sum(metrics[name] for metrics in by_exit) / len(by_exit)
+            for layer, metrics in zip(self.model.config.exit_layers, by_exit, strict=True):
+                named[f"exit_{layer}_{name}"] = metrics[name]
+        return named
+
+    def _default_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
+        return default_metrics(evaluation.predictions, evaluation.label_ids, self.model.config.resolved_problem_type)
+
+
+def newest_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest undamaged `checkpoint-<step>` in a folder, or `None`; broken ones are named in a warning."""
+    folders = [
+        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
+    ]
+    for folder in sorted(folders, key=lambda path: -int(path.name.split("-")[-1])):
+        if is_whole(folder):
+            return str(folder)
+        logger.warning(f"Checkpoint {folder} is incomplete or damaged; falling back to the one before it.")
+    return None

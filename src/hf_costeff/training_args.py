@@ -1,0 +1,45 @@
+"""Arguments of [`CostEffTrainer`]: upstream's, and the weights of the multi-exit objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class CostEffTrainingArguments(TrainingArguments):
+    """Upstream's `TrainingArguments` plus what the joint exit-aware distillation loss needs.
+
+    Args:
+        task_weight: Weight of the true labels at all exits. `None`: 1 without a teacher, 0 with one, because
+            COST-EFF trains the student on soft labels and representations alone.
+        soft_label_weight: Weight of the teacher's predictions at all exits; unused without a teacher.
+        representation_weight: Weight of the teacher's hidden states at all layers; unused without a teacher.
+        temperature: Divisor of both logits in the soft-label loss, above 0; the method uses 1.
+        representation_only_ratio: Share of the steps, from the start, that train on representations alone, in 0..1.
+        class_weights: Weight of each class in the task loss, one per label; `None` weighs all alike.
+
+    Raises:
+        ValueError: For a weight below 0, a ratio outside 0..1 or a temperature that is not above 0.
+    """
+
+    task_weight: float | None = field(default=None, metadata={"help": "Weight of the true labels at all exits."})
+    soft_label_weight: float = field(default=1.0, metadata={"help": "Weight of the teacher's predictions."})
+    representation_weight: float = field(default=1.0, metadata={"help": "Weight of the teacher's hidden states."})
+    temperature: float = field(default=1.0, metadata={"help": "Divisor of the logits in the soft-label loss."})
+    representation_only_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the steps, from the start, on representations alone."}
+    )
+    class_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each class, task loss only."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("task_weight", "soft_label_weight", "representation_weight"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"`{name}` is {value}. A loss weight must be 0 or more.")
+        if not 0 <= self.representation_only_ratio <= 1:
+            raise ValueError(f"`representation_only_ratio` is {self.representation_only_ratio}. It must lie in 0..1.")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` is {self.temperature}. It must be above 0; 1 changes nothing.")
