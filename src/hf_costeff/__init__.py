@@ -1,0 +1,62 @@
+"""Slim encoder classifiers that leave early, as Hugging Face Transformers models.
+
+Importing the package registers the model type `costeff` with `AutoConfig`, `AutoModel` and
+`AutoModelForSequenceClassification`. Training and the recipe are imported on first use: they need Transformers'
+Trainer, which imports peft.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from .configuration_costeff import CostEffConfig
+from .conversion import convert_from_stock
+from .exit_criteria import (
+    ConfidenceCriterion,
+    EntropyCriterion,
+    EntropyInNatsCriterion,
+    ExitConfig,
+    MarginCriterion,
+    PatienceCriterion,
+)
+from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
+from .slenderization import SlenderizationPlan, slenderize
+
+if TYPE_CHECKING:
+    from .compression import compress
+    from .trainer import CostEffTrainer
+    from .training_args import CostEffTrainingArguments
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "ConfidenceCriterion",
+    "CostEffConfig",
+    "CostEffForSequenceClassification",
+    "CostEffModel",
+    "CostEffTrainer",
+    "CostEffTrainingArguments",
+    "EntropyCriterion",
+    "EntropyInNatsCriterion",
+    "ExitConfig",
+    "MarginCriterion",
+    "PatienceCriterion",
+    "SlenderizationPlan",
+    "compress",
+    "convert_from_stock",
+    "slenderize",
+]
+
+AutoConfig.register(CostEffConfig.model_type, CostEffConfig, exist_ok=True)
+AutoModel.register(CostEffConfig, CostEffModel, exist_ok=True)
+AutoModelForSequenceClassification.register(CostEffConfig, CostEffForSequenceClassification, exist_ok=True)
+
+_ON_FIRST_USE = {"compress": "compression", "CostEffTrainer": "trainer", "CostEffTrainingArguments": "training_args"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names that need Trainer, imported when they are first asked for."""
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f".{_ON_FIRST_USE[name]}", __name__), name)
+    return globals()[name]

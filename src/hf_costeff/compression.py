@@ -1,0 +1,554 @@
+"""The recipe: a fine-tuned checkpoint in, a slim multi-exit model out, in resumable stages.
+
+    teacher -> assistant -> slenderization events -> representation recovery -> prediction recovery -> exit threshold
+
+Each stage loads what the one before it saved, so a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from .calibration import choose_exit_config, exit_curve
+from .compression_args import CompressionArguments, CompressionPlan
+from .conversion import convert_config, convert_from_stock
+from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
+from .efficiency import checkpoint_bytes, count_parameters, full_depth_flops, parameter_count, stock_flops
+from .evaluation import Contender, collect_exit_logits, report_rows
+from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig
+from .importance import compute_importance
+from .losses import representation_loss, soft_label_loss, task_loss
+from .metrics import check_metric, default_metric
+from .metrics import compute_metrics as metrics_of
+from .modeling_costeff import CostEffForSequenceClassification
+from .recipes import RECIPES, Phase, Recipe
+from .report import CompressionResult, describe_hardware, write_report
+from .slenderization import (
+    ALLOCATIONS,
+    Budget,
+    Widths,
+    describe_widths,
+    iterative_schedule,
+    slenderize,
+    solve_widths,
+)
+from .stages import StageStore
+from .trainer import CostEffTrainer, ResumableTrainer, Teacher
+from .training_args import CostEffTrainingArguments
+
+logger = logging.get_logger(__name__)
+PAPER_SEQ_LENGTH = 128
+TAYLOR_SOFT_WEIGHT, TAYLOR_HARD_WEIGHT = 0.9, 0.1
+
+
+def compress(
+    teacher: str | PreTrainedModel,
+    dataset: str | datasets.Dataset | datasets.DatasetDict | None = None,
+    output_dir: str | Path = "slim",
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> CompressionResult:
+    """Make a slim multi-exit model from a fine-tuned classifier.
+
+    Args:
+        teacher: Hub id or folder of a fine-tuned encoder classifier, or the model itself.
+        dataset: Hub id, local folder, or loaded data; `None` if `train_file` is among the options.
+        output_dir: Where the model and the stages go; an interrupted run in it goes on.
+        processing_class: The teacher's tokenizer; `None` loads it from where the teacher is.
+        **options: Fields of [`CompressionArguments`] and [`hf_costeff.data.DataArguments`].
+
+    Returns:
+        Path, plan and report.
+
+    Raises:
+        ValueError: For anything that cannot work, before training starts where that can be known.
+        TypeError: For an unknown option.
+    """
+    compression_names = {item.name for item in dataclasses.fields(CompressionArguments)}
+    data_names = {item.name for item in dataclasses.fields(DataArguments)}
+    if unknown := set(options) - compression_names - data_names:
+        raise TypeError(
+            f"compress() does not know {', '.join(sorted(unknown))}. Options: "
+            f"{', '.join(sorted(compression_names | data_names))}."
+        )
+    name = teacher if isinstance(teacher, str) else (teacher.name_or_path or type(teacher).__name__)
+    chosen = {key: value for key, value in options.items() if key in compression_names}
+    arguments = CompressionArguments(teacher=str(name), output_dir=str(output_dir), **chosen)
+    data_options = {key: value for key, value in options.items() if key in data_names}
+    if isinstance(dataset, str):
+        data_options["dataset"], dataset = dataset, None
+    return Compression(
+        arguments,
+        DataArguments(**data_options),
+        dataset=dataset,
+        teacher=None if isinstance(teacher, str) else teacher,
+        processing_class=processing_class,
+    ).run()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named piece of the recipe.
+
+    Args:
+        name: Of its folder.
+        run: Makes a model and a record of what happened.
+    """
+
+    name: str
+    run: Callable[[], tuple[PreTrainedModel, dict[str, Any]]]
+
+
+class Compression:
+    """One run of the recipe. [`compress`] is the way in; the class keeps what the stages share."""
+
+    def __init__(
+        self,
+        arguments: CompressionArguments,
+        data_arguments: DataArguments,
+        dataset: datasets.Dataset | datasets.DatasetDict | None = None,
+        teacher: PreTrainedModel | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Look at the teacher's config; nothing is loaded or written yet.
+
+        Raises:
+            ValueError: If the teacher's architecture is not supported.
+        """
+        self.arguments = arguments
+        self.data_arguments = data_arguments
+        self.dataset = dataset
+        self.given_teacher = teacher
+        self.processing_class = processing_class
+        self.teacher_config = teacher.config if teacher is not None else AutoConfig.from_pretrained(arguments.teacher)
+        self.full_config = convert_config(self.teacher_config, exit_layers=arguments.exit_layers)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.bf16 = {"auto": _bf16_pays(self.device), "fp32": False, "bf16": True}[arguments.precision]
+
+    # The plan
+
+    def plan(self) -> CompressionPlan:
+        """Target widths and their cost, from the teacher's config alone."""
+        with torch.device("meta"):
+            teacher_parameters = count_parameters(AutoModelForSequenceClassification.from_config(self.teacher_config))
+        teacher_flops = stock_flops(self.teacher_config, PAPER_SEQ_LENGTH)
+        wanted = self.arguments
+        budget = Budget(
+            max_parameters=None if wanted.compression is None else int(teacher_parameters / wanted.compression),
+            max_flops=None if wanted.flops_ratio is None else int(teacher_flops / wanted.flops_ratio),
+            seq_length=PAPER_SEQ_LENGTH,
+        )
+        widths = solve_widths(
+            self.full_config,
+            budget,
+            num_attention_heads=wanted.num_attention_heads,
+            intermediate_size=wanted.intermediate_size,
+            embedding_rank=wanted.embedding_rank,
+        )
+        slim = widths.apply_to(self.full_config)
+        return CompressionPlan(
+            widths=widths,
+            parameters=parameter_count(slim),
+            teacher_parameters=teacher_parameters,
+            flops=full_depth_flops(slim, PAPER_SEQ_LENGTH),
+            teacher_flops=teacher_flops,
+            file_bytes=checkpoint_bytes(slim),
+        )
+
+    # The run
+
+    def run(self) -> CompressionResult:
+        """Go through the stages that are not done yet, then report."""
+        self.tokenizer = self.processing_class or AutoTokenizer.from_pretrained(self.arguments.teacher)
+        self.data = self._prepare_data()
+        self.metric = self.arguments.metric or default_metric(self.data.problem_type)
+        check_metric(self.metric, self.data.problem_type)
+        if self.metric == "mse":
+            raise ValueError("`metric` is 'mse', which falls as models improve. Choose by spearman or pearson.")
+        self.collator = make_collator(self.tokenizer)
+        loaded_teacher = self._load_given_teacher()
+        self.calibration = self._label_calibration(loaded_teacher)
+        self._set_labels(self.teacher_config)
+        self._set_labels(self.full_config)
+        plan = self.plan()
+        self.recipe: Recipe = RECIPES[self.arguments.recipe](len(self.data.train), max(plan.widths.num_attention_heads))
+        self.store = StageStore(self.arguments.output_dir, self._settings())
+        stages = list(self._stages(plan.widths, loaded_teacher))
+        for stage in (bar := tqdm(stages, desc="Stages")):
+            bar.set_postfix_str(stage.name)
+            if not self.store.is_finished(stage.name):
+                set_seed(self.arguments.seed)
+                started = time.monotonic()
+                model, record = stage.run()
+                record = {**record, "seconds": round(time.monotonic() - started, 1)}
+                self.store.finish(stage.name, model.save_pretrained, record)
+        return self._report(plan, stages, loaded_teacher)
+
+    def _prepare_data(self) -> PreparedData:
+        source = self.data_arguments if self.dataset is None else self.dataset
+        longest = self.full_config.max_position_embeddings - self.full_config.position_offset
+        return prepare_data(
+            source,
+            self.tokenizer,
+            teacher_config=self.teacher_config,
+            max_positions=longest,
+            arguments=self.data_arguments,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        arguments = dataclasses.asdict(self.arguments)
+        for name in ("output_dir", "dry_run"):
+            del arguments[name]
+        data = self.data.summary()
+        return {**arguments, "data": dataclasses.asdict(self.data_arguments), "rows": data["rows"]}
+
+    def _set_labels(self, config: Any) -> None:
+        if self.data.label_names is not None:
+            config.id2label = dict(enumerate(self.data.label_names))
+            config.label2id = {name: index for index, name in enumerate(self.data.label_names)}
+        else:
+            config.num_labels = self.data.num_labels
+        config.problem_type = self.data.problem_type
+
+    def _load_given_teacher(self) -> PreTrainedModel | None:
+        """The teacher if it can classify already, else `None`: it has to be fine-tuned first."""
+        if self.given_teacher is not None:
+            return self.given_teacher.to(self.device)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            self.arguments.teacher, output_loading_info=True
+        )
+        if not report["missing_keys"]:
+            return self._prepared(model)
+        if not self.arguments.fine_tune_teacher:
+            raise ValueError(
+                f"The teacher {self.arguments.teacher} has no classification head (missing: "
+                f"{', '.join(sorted(report['missing_keys']))}), and fine-tuning is switched off. Name a fine-tuned "
+                "checkpoint, or leave fine_tune_teacher on."
+            )
+        return None
+
+    def _stages(self, target: Widths, loaded_teacher: PreTrainedModel | None) -> Iterator[Stage]:
+        if loaded_teacher is None:
+            yield Stage("teacher", self._fine_tune_teacher)
+
+        def teacher() -> PreTrainedModel:
+            return loaded_teacher if loaded_teacher is not None else self._load("teacher")
+
+        latest = None
+        if self.recipe.assistant_representation.epochs:
+            latest = "assistant-representation"
+            yield Stage(latest, lambda: self._imitate_representations(teacher()))
+        start = latest
+        yield Stage("assistant", lambda: self._train_assistant(teacher(), start))
+        events = self.arguments.events if self.arguments.events is not None else self.recipe.events
+        latest = "assistant"
+        for number, widths in enumerate(iterative_schedule(self.full_config, target, events), start=1):
+            name = f"slenderize-{number:02d}"
+            yield Stage(name, partial(self._event, name, latest, number, widths))
+            latest = name
+        last_event = latest
+        if self.recipe.representation.epochs:
+            yield Stage(
+                "representation",
+                lambda: self._recover("representation", last_event, self.recipe.representation, soft_label_weight=0.0),
+            )
+            latest = "representation"
+        before_prediction = latest
+        yield Stage("prediction", lambda: self._recover("prediction", before_prediction, self.recipe.prediction))
+        yield Stage("exits", self._choose_exits)
+
+    # Stages
+
+    def _fine_tune_teacher(self) -> tuple[PreTrainedModel, dict[str, Any]]:
+        model = self._prepared(
+            AutoModelForSequenceClassification.from_pretrained(self.arguments.teacher, config=self.teacher_config)
+        )
+        weights = self._class_weights()
+        trainer = ResumableTrainer(
+            model,
+            self._training_arguments(TrainingArguments, "teacher", self.recipe.teacher, best_by=self.metric),
+            train_dataset=self.data.train,
+            eval_dataset=self.calibration,
+            data_collator=self.collator,
+            compute_loss_func=lambda outputs, labels, num_items_in_batch: task_loss(
+                [outputs.logits],
+                labels,
+                self.data.problem_type,
+                None if weights is None else torch.tensor(weights, device=labels.device),
+            ),
+            compute_metrics=lambda result: metrics_of(result.predictions, result.label_ids, self.data.problem_type),
+        )
+        return self._run_trainer(trainer)
+
+    def _imitate_representations(self, teacher: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Any]]:
+        return self._distil(
+            "assistant-representation",
+            self._fresh_assistant(teacher),
+            teacher,
+            self.recipe.assistant_representation,
+            soft_label_weight=0.0,
+        )
+
+    def _train_assistant(self, teacher: PreTrainedModel, start: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Exits learn from the teacher's one prediction and from the true labels, half each (COST-EFF, stage TA-2)."""
+        model = self._fresh_assistant(teacher) if start is None else self._load(start)
+        labelled = "labels" in self.data.train.column_names
+        return self._distil(
+            "assistant",
+            model,
+            teacher,
+            self.recipe.assistant_prediction,
+            best=True,
+            task_weight=0.5 if labelled else 0.0,
+            soft_label_weight=0.5 if labelled else 1.0,
+            representation_weight=0.0,
+            class_weights=self._class_weights(),
+        )
+
+    def _event(self, name: str, before: str, number: int, widths: Widths) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Train one interval, score, and cut to the next widths; the optimizer is new every time."""
+        recipe = self.recipe
+        model, assistant = self._load(before), self._load("assistant")
+        rate = recipe.interval.learning_rate * (1 + recipe.interval_growth) ** (number - 1)
+        phase = dataclasses.replace(recipe.interval, learning_rate=rate)
+        model, record = self._distil(name, model, assistant, phase, evaluate=False)
+        importance = compute_importance(model, self._scored_batches(name), self._taylor_loss(assistant))
+        plan = ALLOCATIONS[self.arguments.allocation](importance, widths)
+        slim = slenderize(model, plan, token_weights=self._token_weights())
+        reached = describe_widths(Widths.of(slim.config))
+        return slim, {**record, **reached, "parameters": count_parameters(slim)}
+
+    def _recover(self, name: str, before: str, phase: Phase, **weights: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        best = weights.get("soft_label_weight", 1.0) > 0
+        return self._distil(name, self._load(before), self._load("assistant"), phase, best=best, **weights)
+
+    def _choose_exits(self) -> tuple[PreTrainedModel, dict[str, Any]]:
+        model = self._load("prediction")
+        records = collect_exit_logits(model, self.calibration, self.collator, description="Calibrating")
+        lengths = records.seq_lengths.tolist()
+        settings = choose_exit_config(
+            records,
+            model.config,
+            self.metric,
+            max_metric_drop=self.arguments.max_metric_drop,
+            target_speedup=self.arguments.target_speedup,
+            reference_flops=float(np.mean([stock_flops(self.teacher_config, length) for length in lengths])),
+        )
+        model.config.exit_config = settings.to_dict()
+        return model, settings.to_dict()
+
+    # What stages share
+
+    def _prepared(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.bf16 and self.device.type == "cpu":
+            model.set_attn_implementation("eager")  # measured: bf16 sdpa is slow on CPUs
+        return model.to(self.device)
+
+    def _load(self, stage: str) -> PreTrainedModel:
+        return self._prepared(AutoModelForSequenceClassification.from_pretrained(self.store.files(stage)))
+
+    def _fresh_assistant(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        source = teacher
+        if self.arguments.pretrained is not None:
+            source = AutoModelForSequenceClassification.from_pretrained(
+                self.arguments.pretrained, num_labels=self.data.num_labels
+            )
+        model = convert_from_stock(source, exit_layers=self.arguments.exit_layers)
+        self._set_labels(model.config)
+        return self._prepared(model)
+
+    def _class_weights(self) -> list[float] | None:
+        if not self.arguments.balance_classes:
+            return None
+        if self.data.problem_type in (REGRESSION, MULTI_LABEL):
+            raise ValueError(f"`balance_classes` needs single-label data; this is {self.data.problem_type}.")
+        return class_weights(self.data.train["labels"], self.data.num_labels)
+
+    def _training_arguments(self, kind: type, stage: str, phase: Phase, best_by: str | None, **extra: Any) -> Any:
+        batch_size = self.arguments.batch_size or self.recipe.batch_size
+        steps = phase.steps(len(self.data.train), batch_size)
+        every = max(50, -(-steps // 5))
+        return kind(
+            output_dir=str(self.store.working_dir(stage)),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=64,
+            learning_rate=phase.learning_rate,
+            warmup_steps=0.1,
+            weight_decay=0.01,
+            train_sampling_strategy="group_by_length",
+            bf16=self.bf16,
+            use_cpu=self.device.type == "cpu",
+            seed=self.arguments.seed,
+            logging_steps=max(1, steps // 10),
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=2,
+            eval_strategy="steps" if best_by else "no",
+            eval_steps=every if best_by else None,
+            load_best_model_at_end=best_by is not None,
+            metric_for_best_model=best_by,
+            greater_is_better=None if best_by is None else True,
+            report_to="none",
+            **extra,
+        )
+
+    def _distil(
+        self,
+        stage: str,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        phase: Phase,
+        best: bool = False,
+        evaluate: bool = True,
+        **weights: Any,
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Train a multi-exit model for one phase; with `best` the checkpoint best over all exits is kept."""
+        arguments = self._training_arguments(
+            CostEffTrainingArguments,
+            stage,
+            phase,
+            best_by=f"mean_exit_{self.metric}" if best else None,
+            representation_only_ratio=phase.representation_only_ratio,
+            **weights,
+        )
+        trainer = CostEffTrainer(
+            model,
+            arguments,
+            teacher=teacher,
+            train_dataset=self.data.train,
+            eval_dataset=self.calibration,
+            data_collator=self.collator,
+        )
+        return self._run_trainer(trainer, evaluate)
+
+    def _run_trainer(self, trainer: ResumableTrainer, evaluate: bool = True) -> tuple[PreTrainedModel, dict[str, Any]]:
+        trainer.train(resume_from_checkpoint=True)
+        losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+        record: dict[str, Any] = {"steps": trainer.state.global_step, "last_log": losses[-1] if losses else {}}
+        if evaluate:
+            record["calibration_metrics"] = trainer.evaluate()
+        return trainer.model, record
+
+    def _label_calibration(self, teacher: PreTrainedModel | None) -> datasets.Dataset:
+        """Calibration rows; where they came without labels, the teacher's answers stand in."""
+        rows = self.data.calibration
+        if "labels" in rows.column_names:
+            return rows
+        if teacher is None:
+            raise ValueError(
+                f"The rows have no labels, and the teacher {self.arguments.teacher} has no classification head to "
+                "fine-tune without them. Name a fine-tuned teacher, or add a label column."
+            )
+        logger.warning("The calibration rows have no labels; the teacher's answers stand in for them.")
+        logits = collect_exit_logits(teacher, rows, self.collator, description="Labelling").logits[:, -1]
+        if self.data.problem_type == REGRESSION:
+            answers = logits[:, 0]
+        else:
+            answers = (logits > 0).float() if self.data.problem_type == MULTI_LABEL else logits.argmax(-1)
+        return rows.add_column("labels", answers.tolist())
+
+    def _scored_batches(self, stage: str) -> Iterator[dict[str, Tensor]]:
+        """Random training batches for an importance pass, under a progress bar."""
+        batch_size = self.arguments.batch_size or self.recipe.batch_size
+        total = len(self.data.train)
+        rows = np.random.default_rng(self.arguments.seed).permutation(total)[: self.recipe.importance_rows or total]
+        for start in tqdm(range(0, len(rows), batch_size), desc=f"Importance, {stage}", leave=False):
+            batch = self.collator([self.data.train[int(row)] for row in rows[start : start + batch_size]])
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _taylor_loss(self, assistant: PreTrainedModel) -> Callable[[CostEffForSequenceClassification, Any], Tensor]:
+        """0.9 soft + 0.1 hard + representation over all exits, against the assistant (COST-EFF's importance loss)."""
+        uneven = self.arguments.allocation == "uneven"
+        teacher = Teacher(assistant, self.full_config)
+
+        def loss(model: CostEffForSequenceClassification, batch: dict[str, Tensor]) -> Tensor:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            signals = teacher.signals(inputs, hidden_states=True)
+            outputs = model(**inputs, output_hidden_states=True, gradient_equilibrium=False if uneven else None)
+            kind = self.data.problem_type
+            labels = batch.get("labels")
+            if labels is None:
+                labels = (
+                    signals.exit_logits[-1].argmax(-1)
+                    if kind not in (REGRESSION, MULTI_LABEL)
+                    else signals.exit_logits[-1]
+                )
+            return (
+                TAYLOR_SOFT_WEIGHT * soft_label_loss(outputs.exit_logits, signals.exit_logits, kind)
+                + TAYLOR_HARD_WEIGHT * task_loss(outputs.exit_logits, labels, kind)
+                + representation_loss(outputs.hidden_states, signals.hidden_states, inputs.get("attention_mask"))
+            )
+
+        return loss
+
+    def _token_weights(self) -> Tensor:
+        """How often each token occurs in the training rows, plus 1."""
+        tokens = np.concatenate([np.asarray(ids) for ids in self.data.train["input_ids"]])
+        return torch.from_numpy(np.bincount(tokens, minlength=self.full_config.vocab_size) + 1.0)
+
+    # The report
+
+    def _report(
+        self, plan: CompressionPlan, stages: list[Stage], loaded_teacher: PreTrainedModel | None
+    ) -> CompressionResult:
+        teacher = loaded_teacher if loaded_teacher is not None else self._load("teacher")
+        assistant, slim = self._load("assistant"), self._load("exits")
+        for model in (teacher, assistant, slim):
+            model.set_attn_implementation("sdpa")
+        settings = ExitConfig.from_dict(slim.config.exit_config)
+        records = {
+            name: collect_exit_logits(model, self.data.validation, self.collator, description=f"Validating the {name}")
+            for name, model in (("teacher", teacher), ("assistant", assistant), ("slim model", slim))
+        }
+        contenders = [
+            Contender("teacher", teacher, records["teacher"]),
+            Contender("assistant", assistant, records["assistant"]),
+            Contender("slim, full depth", slim, records["slim model"]),
+            Contender("slim, early exit", slim, records["slim model"], settings),
+        ]
+        rows = report_rows(contenders, self.data.validation, self.collator, self.data.problem_type)
+        result = CompressionResult(Path(self.arguments.output_dir), plan, rows, self.metric)
+        slim.save_pretrained(result.model_path)
+        self.tokenizer.save_pretrained(result.model_path)
+        facts = {
+            "widths": describe_widths(Widths.of(slim.config)),
+            "exit_config": settings.to_dict(),
+            "data": self.data.summary(),
+            "settings": self._settings(),
+            "stages": {stage.name: self.store.record(stage.name) for stage in stages},
+            "hardware": describe_hardware(self.device),
+        }
+        write_report(result, exit_curve(records["slim model"], slim.config, self.metric), facts)
+        return result
+
+
+def _bf16_pays(device: torch.device) -> bool:
+    """Whether mixed precision is native: bf16 instructions on a CPU, or a GPU that has it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

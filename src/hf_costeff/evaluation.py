@@ -1,0 +1,220 @@
+"""Run models over a data set and tell what they kept and what they save: metric, size, FLOPs, measured time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .calibration import ExitLogits, exit_outcome
+from .efficiency import count_parameters, cumulative_flops, full_depth_flops, measure_alternating, stock_flops
+from .exit_criteria import ExitConfig, simulate_exits
+from .metrics import compute_metrics
+from .modeling_costeff import CostEffForSequenceClassification, inference
+
+Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
+TIMED_BATCHES = (32, 1)
+PAPER_SEQ_LENGTH = 128
+
+
+def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model's forward takes from a batch, labels left out, on the model's device."""
+    accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
+    return {name: tensor.to(model.device) for name, tensor in batch.items() if name in accepted}
+
+
+def collect_exit_logits(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    collator: Collator,
+    *,
+    batch_size: int = 64,
+    description: str = "Evaluating",
+    show_progress: bool = True,
+) -> ExitLogits:
+    """Logits of every exit on every row, in the data set's order.
+
+    Rows are run sorted by length, so that little is padded.
+
+    Args:
+        model: A multi-exit model, or a stock classifier (one exit).
+        dataset: Tokenized rows with `input_ids` and, if known, `labels`.
+        collator: Pads a list of rows to a batch.
+        batch_size: Rows per forward.
+        description: Shown at the progress bar.
+        show_progress: Whether to show one.
+
+    Returns:
+        Logits in single precision on the host.
+    """
+    lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
+    order = lengths.argsort(descending=True)
+    chunks = order.split(batch_size)
+    gathered = []
+    with inference(model):
+        for rows in tqdm(chunks, desc=description, disable=not show_progress, leave=False):
+            batch = collator([dataset[row] for row in rows.tolist()])
+            outputs = model(**model_inputs(model, batch))
+            exits = outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,)
+            gathered.append(torch.stack(exits, dim=1).float().cpu())
+    logits = torch.cat(gathered)[order.argsort()]
+    labels = torch.tensor(np.array(dataset["labels"])) if "labels" in dataset.column_names else None
+    return ExitLogits(logits, lengths, labels)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the report: a model and how it answers.
+
+    Args:
+        name: As printed.
+        model: Stock or multi-exit.
+        records: Its logits on the reported rows.
+        settings: Exit settings; `None` for full depth.
+    """
+
+    name: str
+    model: PreTrainedModel
+    records: ExitLogits
+    settings: ExitConfig | None = None
+
+    def answer(self, batch: Mapping[str, Tensor]) -> Any:
+        """Run the model on a batch as it would be served."""
+        inputs = model_inputs(self.model, batch)
+        if isinstance(self.model, CostEffForSequenceClassification):
+            names = ("input_ids", "attention_mask", "token_type_ids")
+            inputs = {name: inputs[name] for name in names if name in inputs}
+            return self.model.predict(**inputs, early_exit=False if self.settings is None else self.settings)
+        with torch.no_grad():
+            return self.model(**inputs)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """Measured figures of one contender.
+
+    Args:
+        name: As printed.
+        metrics: Every metric of the problem type.
+        parameters: Everything counted.
+        flops_per_row: Mean FLOPs at the rows' own lengths.
+        flops_per_row_at_128: The same with every row at 128 tokens, as the paper counts.
+        mean_exit_layer: Mean 1-based layer that answered.
+        exit_shares: Share of rows per exit, shallow first.
+        ms_per_text: Median milliseconds per text, by batch size.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    parameters: int
+    flops_per_row: float
+    flops_per_row_at_128: float
+    mean_exit_layer: float
+    exit_shares: list[float]
+    ms_per_text: dict[str, float]
+
+
+def report_rows(
+    contenders: Sequence[Contender], dataset: Dataset, collator: Collator, problem_type: str, timed_rows: int = 128
+) -> list[ReportRow]:
+    """Figures of all contenders on the same rows, timed in alternation.
+
+    Args:
+        contenders: Whom to compare.
+        dataset: The rows that their records were collected on.
+        collator: Pads rows to a batch.
+        problem_type: As upstream's `config.problem_type`.
+        timed_rows: Rows used for the clock, at their real lengths.
+
+    Returns:
+        One row per contender, in order.
+    """
+    times = _times(contenders, dataset.select(range(min(timed_rows, len(dataset)))), collator)
+    return [_report_row(contender, problem_type, times[contender.name]) for contender in contenders]
+
+
+def _times(contenders: Sequence[Contender], dataset: Dataset, collator: Collator) -> dict[str, dict[str, float]]:
+    rows = [dataset[index] for index in range(len(dataset))]
+    times: dict[str, dict[str, float]] = {contender.name: {} for contender in contenders}
+    for size in TIMED_BATCHES:
+        chosen = rows if size > 1 else rows[: max(1, len(rows) // 4)]
+        batches = [collator(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        runs = {
+            contender.name: lambda answer=contender.answer: [answer(batch) for batch in batches]  # noqa: B023 - run now
+            for contender in contenders
+        }
+        for name, latency in measure_alternating(runs, warmup=1, repeats=7).items():
+            times[name][str(size)] = latency.median_ms / len(chosen)
+    return times
+
+
+def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, float]) -> ReportRow:
+    model, records = contender.model, contender.records
+    rows = torch.arange(len(records.logits))
+    if isinstance(model, CostEffForSequenceClassification):
+        config, layers = model.config, torch.tensor(model.config.exit_layers)
+        outcome = exit_outcome(
+            records, contender.settings, config, next(iter(_metrics(records, rows, -1, problem_type)))
+        )
+        index = torch.full_like(rows, len(layers) - 1)
+        flops_at_128 = float(full_depth_flops(config, PAPER_SEQ_LENGTH))
+        if contender.settings is not None:
+            index = simulate_exits(records.logits, contender.settings, config.exit_layers, problem_type)
+            spent = torch.tensor(cumulative_flops(config, PAPER_SEQ_LENGTH, contender.settings.checked_exits)).double()
+            flops_at_128 = float(spent[layers[index] - 1].mean())
+        flops, exit_layer = outcome.flops_per_row, outcome.mean_exit_layer
+        shares = torch.bincount(index, minlength=len(layers)).double() / len(rows)
+    else:
+        index = torch.zeros_like(rows)
+        flops = float(np.mean([stock_flops(model.config, int(length)) for length in records.seq_lengths]))
+        flops_at_128 = float(stock_flops(model.config, PAPER_SEQ_LENGTH))
+        exit_layer, shares = float(model.config.num_hidden_layers), torch.ones(1)
+    return ReportRow(
+        name=contender.name,
+        metrics=_metrics(records, rows, index, problem_type),
+        parameters=count_parameters(model),
+        flops_per_row=flops,
+        flops_per_row_at_128=flops_at_128,
+        mean_exit_layer=exit_layer,
+        exit_shares=shares.tolist(),
+        ms_per_text=ms_per_text,
+    )
+
+
+def _metrics(records: ExitLogits, rows: Tensor, index: Tensor | int, problem_type: str) -> dict[str, float]:
+    return compute_metrics(records.logits[rows, index].numpy(), records.known_labels(), problem_type)
+
+
+def format_table(rows: Sequence[ReportRow], metric: str) -> str:
+    """A Markdown table of report rows, ratios against the first.
+
+    Args:
+        rows: The reference first.
+        metric: The metric to show.
+    """
+    reference = rows[0]
+    lines = [
+        f"| model | {metric} | of the teacher | parameters | smaller by | FLOPs, 128 tokens | fewer by "
+        "| mean exit layer | ms per text, batch 32 | faster by | ms per text, batch 1 | faster by |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        value, base = row.metrics[metric], reference.metrics[metric]
+        big, one = (row.ms_per_text[str(size)] for size in TIMED_BATCHES)
+        base_big, base_one = (reference.ms_per_text[str(size)] for size in TIMED_BATCHES)
+        kept = f"{value / base:.1%}" if base else "n/a"
+        lines.append(
+            f"| {row.name} | {value:.4f} | {kept} | {row.parameters / 1e6:.2f}M "
+            f"| {reference.parameters / row.parameters:.2f}x | {row.flops_per_row_at_128 / 1e6:,.1f}M "
+            f"| {reference.flops_per_row_at_128 / row.flops_per_row_at_128:.2f}x | {row.mean_exit_layer:.2f} "
+            f"| {big:.3f} | {base_big / big:.2f}x | {one:.2f} | {base_one / one:.2f}x |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""Stages on disk: each is saved and marked done, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .checksums import CHECKSUMS, is_whole, write_checksums
+
+RUN_FILE = "run.json"
+RECORD_FILE = "stage.json"
+
+
+class StageStore:
+    """The finished stages of one run, below `<output_dir>/stages`.
+
+    A stage is a folder that was renamed into place once it was complete. What a stage is still working on lives beside
+    it in `<name>.working` and survives a kill, so training inside a stage resumes too.
+    """
+
+    def __init__(self, output_dir: str | Path, settings: Mapping[str, Any]) -> None:
+        """Open the folder of a run, new or interrupted.
+
+        Args:
+            output_dir: The run's folder; made if it is not there.
+            settings: Everything that decides the result, JSON-ready.
+
+        Raises:
+            ValueError: If the folder holds a run with other settings, or files that are no run of this package.
+        """
+        self.output_dir = Path(output_dir)
+        self.folder = self.output_dir / "stages"
+        run_file = self.folder / RUN_FILE
+        wanted = json.loads(json.dumps(settings))
+        if run_file.exists():
+            self._check_same_run(json.loads(run_file.read_text()), wanted)
+        elif self.output_dir.exists() and any(self.output_dir.iterdir()):
+            raise ValueError(
+                f"The output folder {self.output_dir} is not empty and holds no run to go on with. "
+                "Choose another output_dir, or empty it."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not run_file.exists():
+            draft = run_file.with_suffix(".draft")
+            draft.write_text(json.dumps(wanted, indent=1))
+            draft.rename(run_file)
+
+    def _check_same_run(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        if differing:
+            changes = ", ".join(f"{key} was {found.get(key)!r}, now {wanted.get(key)!r}" for key in differing)
+            raise ValueError(
+                f"The output folder {self.output_dir} holds the stages of another run ({changes}). "
+                "Choose another output_dir, delete this one, or repeat the first settings to go on."
+            )
+
+    def working_dir(self, name: str) -> Path:
+        """Where an unfinished stage keeps its checkpoints; made if it is not there."""
+        path = self.folder / f"{name}.working"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a stage was saved and marked done."""
+        return (self.folder / name / RECORD_FILE).exists()
+
+    def finish(self, name: str, save: Callable[[Path], Any], record: Mapping[str, Any]) -> None:
+        """Save a stage and mark it done, in one rename.
+
+        Args:
+            name: The stage.
+            save: Writes the stage's files into the folder it is given.
+            record: What happened, JSON-ready.
+        """
+        draft = self.folder / f"{name}.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        save(draft)
+        (draft / RECORD_FILE).write_text(json.dumps(record, indent=1))
+        write_checksums(draft)
+        draft.rename(self.folder / name)
+        shutil.rmtree(self.folder / f"{name}.working", ignore_errors=True)
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What a finished stage wrote down."""
+        return json.loads((self.folder / name / RECORD_FILE).read_text())
+
+    def files(self, name: str) -> Path:
+        """The folder of a finished stage, checked for damage.
+
+        Raises:
+            ValueError: If a file is missing or changed.
+        """
+        path = self.folder / name
+        if not is_whole(path):
+            raise ValueError(
+                f"The finished stage {path} is damaged: its files do not match {CHECKSUMS}. Delete this folder and run "
+                "the same command again; the stages before it are kept."
+            )
+        return path
+
+    def drop_weights(self, name: str) -> None:
+        """Free the disk of a finished stage that no later stage reads; its record stays."""
+        for file in (self.folder / name).glob("*.safetensors"):
+            file.unlink()
