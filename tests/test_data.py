@@ -255,13 +255,11 @@ def test_rows_are_held_back_rather_than_drop_more_than_the_limit(nested, caplog)
     assert f"{len(held)} instead of 50 rows" in caplog.text
 
 
-def test_punctuation_and_case_do_not_hide_containment():
-    texts = ["Good film", "a good film.", "goods", *sentences(7, seed=9)]
-    data = Dataset.from_dict({"text": texts})
-    for seed in range(5):
-        train, held = hold_out(data, Columns(("text",), None), 4, seed=seed, limit=1.0)
-        assert not {"Good film", "a good film."} & set(held["text"]) or "Good film" not in train["text"]
-        assert "goods" in [*train["text"], *held["text"]]  # no word boundary, no containment
+def test_case_and_punctuation_do_not_hide_containment_and_word_boundaries_limit_it():
+    data = Dataset.from_dict({"text": ["Good film", "a good film.", "such good films", "a nongood film"]})
+    for seed in range(5):  # nothing may be dropped, so that only texts without overlap can be held out
+        _, held = hold_out(data, Columns(("text",), None), 2, seed=seed, limit=0.0)
+        assert set(held["text"]) == {"such good films", "a nongood film"}
 
 
 def test_texts_without_spaces_between_words_are_compared_by_character():
@@ -274,19 +272,19 @@ def test_texts_without_spaces_between_words_are_compared_by_character():
 
 def test_copies_of_a_text_stay_together():
     texts = sentences(20, seed=4) * 2
-    train, held = hold_out(Dataset.from_dict({"text": texts}), Columns(("text",), None), 10)
-    assert len(held) == 10 and len(train) == 30
+    train, held = hold_out(Dataset.from_dict({"text": texts}), Columns(("text",), None), 9)
+    assert len(held) == 8 and len(train) == 32
     assert not set(train["text"]) & set(held["text"])
 
 
 def test_a_pair_contains_another_if_both_texts_do_in_either_order():
-    columns = Columns(("one", "two"), None)
     pairs = [("the film is good", "a dull plot"), ("film", "dull plot"), ("a dull plot", "the film is good")]
-    pairs += [("the film is good", "music")]  # only one text in common: no overlap
-    data = Dataset.from_dict({"one": [one for one, _ in pairs], "two": [two for _, two in pairs]})
-    train, held = hold_out(data, columns, 1, seed=0, limit=1.0)
-    kept, cut = (set(zip(side["one"], side["two"], strict=True)) for side in (train, held))
-    assert cut == {pairs[3]} and kept == set(pairs[:3])
+    apart = [("slow music ends", "bright cast"), ("music", "slow")]  # only one text in the right place: no overlap
+    one, two = zip(*pairs, *apart, strict=True)
+    data = Dataset.from_dict({"one": one, "two": two})
+    for seed in range(5):  # nothing may be dropped, so that only pairs without overlap can be held out
+        _, held = hold_out(data, Columns(("one", "two"), None), 2, seed=seed, limit=0.0)
+        assert set(zip(held["one"], held["two"], strict=True)) == set(apart)
 
 
 def test_the_default_is_a_tenth_between_200_and_2000_and_at_most_a_quarter():
@@ -422,7 +420,8 @@ def test_samples_are_random_seeded_and_as_large_as_asked(tokenizer):
 
     first, again, other = prepare(1), prepare(1), prepare(2)
     assert len(first["validation"]) == 7 and len(first["train"]) + len(first["calibration"]) <= 30
-    assert first["train"].to_dict() == again["train"].to_dict() != other["train"].to_dict()
+    for name in ("train", "validation"):
+        assert first[name].to_dict() == again[name].to_dict() != other[name].to_dict()
 
 
 def test_the_row_in_an_error_is_that_of_the_source_not_of_a_sample_or_cut(tokenizer):

@@ -204,7 +204,7 @@ def test_values_out_of_range_are_refused(call, message: str) -> None:
 
 def test_latency_is_the_median_and_the_nearest_rank_percentile(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    costs_ms = iter([500.0, 500.0, *range(20, 0, -1)])  # two warm-up calls, then 20 timed ones of 20, 19, ..., 1 ms
+    costs_ms = iter([500.0, 500.0, 1000.0, *range(19, 0, -1)])  # two warm-up calls, an outlier, then 19, 18, ..., 1 ms
 
     def work() -> None:
         nonlocal now

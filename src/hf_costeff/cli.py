@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from .compression import Compression
 from .compression_args import CompressionArguments
-from .data import DataArguments
+from .data import DataArguments, make_collator, prepare_data
+from .evaluation import calibrate
+from .modeling_costeff import CostEffForSequenceClassification
 
 
 def run_compress(arguments: Sequence[str]) -> str:
@@ -24,8 +27,53 @@ def run_compress(arguments: Sequence[str]) -> str:
     return f"{result.table()}\n\nThe slim model is in {result.model_path}. Read {summary} first."
 
 
+@dataclass
+class CalibrationArguments:
+    """What `hf-costeff calibrate` is asked for: a model, and exactly one goal."""
+
+    model: str = field(metadata={"help": "A multi-exit model: a local folder, or a Hub id with --output_dir."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where to save. Default: the model's folder."})
+    metric: str | None = field(default=None, metadata={"help": "What may drop. Default: by problem type."})
+    max_metric_drop: float | None = field(default=None, metadata={"help": "Points the metric may lose."})
+    target_speedup: float | None = field(default=None, metadata={"help": "FLOPs ratio to this model's full depth."})
+
+
+def run_calibrate(arguments: Sequence[str]) -> str:
+    """`hf-costeff calibrate`: choose the exit threshold on the calibration rows and save it with the model."""
+    parser = HfArgumentParser([CalibrationArguments, DataArguments], prog="hf-costeff calibrate")
+    wanted, data_arguments = parser.parse_args_into_dataclasses(list(arguments))
+    model = AutoModelForSequenceClassification.from_pretrained(wanted.model)
+    if not isinstance(model, CostEffForSequenceClassification):
+        raise ValueError(
+            f"{wanted.model} is a {model.config.model_type} model without exits. "
+            "Compress it first: hf-costeff compress."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(wanted.model)
+    longest = model.config.max_position_embeddings - model.config.position_offset
+    data = prepare_data(data_arguments, tokenizer, teacher_config=model.config, max_positions=longest)
+    settings = calibrate(
+        model,
+        data.calibration,
+        make_collator(tokenizer),
+        metric=wanted.metric,
+        max_metric_drop=wanted.max_metric_drop,
+        target_speedup=wanted.target_speedup,
+    )
+    folder = wanted.output_dir or wanted.model
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    seen = settings.calibration or {}
+    limit = settings.tolerance if settings.threshold is None else settings.threshold
+    return (
+        f"Saved in {folder}: {settings.criterion} criterion with limit {limit:g}. On {seen['rows']} held-out rows: "
+        f"{seen['metric']} {seen['full_depth']:.4f} at full depth, {seen['early_exit']:.4f} with early exit, mean exit "
+        f"layer {seen['mean_exit_layer']:.2f}, {seen['speedup_over_full_depth']:.2f}x fewer FLOPs."
+    )
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], str], str]] = {
     "compress": (run_compress, "make a slim multi-exit model from a fine-tuned classifier"),
+    "calibrate": (run_calibrate, "choose a model's exit threshold on held-out rows"),
 }
 
 

@@ -31,12 +31,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .calibration import choose_exit_config, exit_curve
+from .calibration import exit_curve
 from .compression_args import CompressionArguments, CompressionPlan
 from .conversion import convert_config, convert_from_stock
 from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
 from .efficiency import checkpoint_bytes, count_parameters, full_depth_flops, parameter_count, stock_flops
-from .evaluation import Contender, collect_exit_logits, report_rows
+from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig
 from .importance import compute_importance
 from .losses import representation_loss, soft_label_loss, task_loss
@@ -347,17 +347,16 @@ class Compression:
 
     def _choose_exits(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         model = self._load("prediction")
-        records = collect_exit_logits(model, self.calibration, self.collator, description="Calibrating")
-        lengths = records.seq_lengths.tolist()
-        settings = choose_exit_config(
-            records,
-            model.config,
-            self.metric,
+        lengths = [len(ids) for ids in self.calibration["input_ids"]]
+        settings = calibrate(
+            model,
+            self.calibration,
+            self.collator,
+            metric=self.metric,
             max_metric_drop=self.arguments.max_metric_drop,
             target_speedup=self.arguments.target_speedup,
             reference_flops=float(np.mean([stock_flops(self.teacher_config, length) for length in lengths])),
         )
-        model.config.exit_config = settings.to_dict()
         return model, settings.to_dict()
 
     # What stages share

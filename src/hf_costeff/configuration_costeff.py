@@ -21,6 +21,7 @@ else:  # what is accepted
     ExitLayers = list[int] | None
 
 EXIT_HEADS = ("linear",)
+EXIT_POOLINGS = ("cls", "mean")
 
 
 def expand_per_layer(value: Any, num_layers: int) -> Any:
@@ -71,7 +72,9 @@ class CostEffConfig(PreTrainedConfig):
         pad_token_id: Index of the padding token.
         exit_layers: 1-based layers that own an exit, ascending. `None` puts an exit after every layer. The last layer
             is always in.
-        exit_head: Form of the exit head. `"linear"`: classifier(dropout(tanh(hidden[:, 0]))).
+        exit_head: Form of the exit head. `"linear"`: classifier(dropout(tanh(pooled hidden state))).
+        exit_pooling: What an exit head looks at: `"cls"`, the first token (the paper), or `"mean"`, the mean over the
+            real tokens, which carries meaning from the first layer on.
         gradient_equilibrium: Whether training scales gradients so that a layer sees the mean over this and all deeper
             exits (Li et al. 2019). It never changes a forward result.
         exit_config: Saved exit settings as a plain dict (see [`ExitConfig`]); `None` if the model was not calibrated.
@@ -108,6 +111,7 @@ class CostEffConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     exit_layers: ExitLayers = cast(Any, None)
     exit_head: str = "linear"
+    exit_pooling: str = "cls"
     gradient_equilibrium: bool = True
     exit_config: dict | None = None
 
@@ -186,5 +190,6 @@ class CostEffConfig(PreTrainedConfig):
                 f"`exit_layers` is {layers}. It must ascend without repeats within 1..{self.num_hidden_layers} and end "
                 f"with the last layer, {self.num_hidden_layers}."
             )
-        if self.exit_head not in EXIT_HEADS:
-            raise ValueError(f"`exit_head` is {self.exit_head!r}. It must be one of {', '.join(EXIT_HEADS)}.")
+        for name, choices in (("exit_head", EXIT_HEADS), ("exit_pooling", EXIT_POOLINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}. It must be one of {', '.join(choices)}.")

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .calibration import ExitLogits, exit_outcome
+from .calibration import ExitLogits, choose_exit_config, exit_outcome
 from .efficiency import count_parameters, cumulative_flops, full_depth_flops, measure_alternating, stock_flops
 from .exit_criteria import ExitConfig, simulate_exits
-from .metrics import compute_metrics
+from .metrics import compute_metrics, default_metric
 from .modeling_costeff import CostEffForSequenceClassification, inference
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
@@ -68,6 +68,48 @@ def collect_exit_logits(
     logits = torch.cat(gathered)[order.argsort()]
     labels = torch.tensor(np.array(dataset["labels"])) if "labels" in dataset.column_names else None
     return ExitLogits(logits, lengths, labels)
+
+
+def calibrate(
+    model: CostEffForSequenceClassification,
+    dataset: Dataset,
+    collator: Collator,
+    *,
+    metric: str | None = None,
+    max_metric_drop: float | None = None,
+    target_speedup: float | None = None,
+    reference_flops: float | None = None,
+    show_progress: bool = True,
+) -> ExitConfig:
+    """Choose one exit threshold on held-out rows and store it in the model, for `predict(early_exit=True)`.
+
+    Args:
+        model: A multi-exit model; its `config.exit_config` is replaced.
+        dataset: Tokenized rows with `labels`, which no training saw.
+        collator: Pads a list of rows to a batch.
+        metric: What may drop; `None`: the default of the problem type.
+        max_metric_drop: Points that the metric may lose against full depth.
+        target_speedup: Instead, the FLOPs ratio to reach.
+        reference_flops: What the speed-up is measured against, FLOPs per row; `None`: this model at full depth.
+        show_progress: Whether to show a progress bar.
+
+    Returns:
+        The settings, as stored.
+
+    Raises:
+        ValueError: As [`hf_costeff.calibration.choose_exit_config`].
+    """
+    records = collect_exit_logits(model, dataset, collator, description="Calibrating", show_progress=show_progress)
+    settings = choose_exit_config(
+        records,
+        model.config,
+        metric or default_metric(model.config.resolved_problem_type),
+        max_metric_drop=max_metric_drop,
+        target_speedup=target_speedup,
+        reference_flops=reference_flops,
+    )
+    model.config.exit_config = settings.to_dict()
+    return settings
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_costeff import CostEffConfig
-from .exit_criteria import REGRESSION, ExitConfig, ExitCriterion, probabilities
+from .exit_criteria import REGRESSION, ExitConfig, probabilities
+from .exit_heads import EXIT_HEAD_CLASSES, EXIT_POOLING_FUNCTIONS
+from .exiting_rows import ExitingRows
 
 
 @dataclass
@@ -269,82 +271,6 @@ class CostEffLayer(GradientCheckpointingLayer):
         return self.feed_forward_norm(hidden_states + self.dropout(transformed)), weights
 
 
-class LinearExitHead(nn.Module):
-    """classifier(dropout(tanh(hidden[:, 0]))): no dense pooler (COST-EFF, Shen et al. 2022)."""
-
-    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(hidden_size, num_labels)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Raw logits of shape (batch, labels) from hidden states of shape (batch, seq, hidden)."""
-        return self.classifier(self.dropout(torch.tanh(hidden_states[:, 0])))
-
-
-EXIT_HEAD_CLASSES: dict[str, type[nn.Module]] = {"linear": LinearExitHead}
-
-
-class ExitingRows:
-    """Who is still in a running batch, and what those who left answered.
-
-    Made anew for every `predict` call. Decisions are taken on the device; one transfer per checked exit tells the host
-    which rows left.
-    """
-
-    def __init__(self, criterion: ExitCriterion | None, checked: list[int], exit_layers: list[int], batch: int) -> None:
-        """Start with every row in the batch.
-
-        Args:
-            criterion: Decides at the checked exits; `None` for full depth.
-            checked: 1-based layers whose exit is evaluated.
-            exit_layers: 1-based layers that own an exit; the last is the model's depth.
-            batch: Number of rows.
-        """
-        self.criterion = criterion
-        self.exit_layers = exit_layers
-        self.evaluated = {*checked, exit_layers[-1]} if criterion is not None else {exit_layers[-1]}
-        self.remaining = torch.arange(batch)
-        self.history: Tensor | None = None
-        self.left_rows: list[Tensor] = []
-        self.left_logits: list[Tensor] = []
-        self.left_layers: list[Tensor] = []
-
-    def leave(self, depth: int, logits: Tensor) -> Tensor | None:
-        """Let rows leave after layer `depth`.
-
-        Args:
-            depth: 1-based layer whose exit was evaluated.
-            logits: Raw logits of the rows still in, shape (rows, labels).
-
-        Returns:
-            Positions of the survivors among the rows still in, on the host, shape (survivors,); `None` if nobody left.
-        """
-        if self.criterion is None or depth == self.exit_layers[-1]:
-            leaving = torch.ones(len(logits), dtype=torch.bool)
-        else:
-            seen = logits.unsqueeze(1)
-            self.history = seen if self.history is None else torch.cat([self.history, seen], dim=1)
-            leaving = self.criterion.leaves(self.history, self.exit_layers.index(depth)).cpu()
-            if not leaving.any():
-                return None
-        positions = leaving.nonzero().flatten()
-        self.left_rows.append(self.remaining[positions])
-        self.left_logits.append(logits[positions.to(logits.device)])
-        self.left_layers.append(torch.full((len(positions),), depth))
-        survivors = (~leaving).nonzero().flatten()
-        self.remaining = self.remaining[survivors]
-        if self.history is not None:
-            self.history = self.history[survivors.to(logits.device)]
-        return survivors
-
-    def answers(self) -> tuple[Tensor, Tensor]:
-        """Logits (batch, labels) and 1-based exit layers (batch,) in the caller's order, once everybody has left."""
-        order = torch.cat(self.left_rows).argsort()
-        logits = torch.cat(self.left_logits)
-        return logits[order.to(logits.device)], torch.cat(self.left_layers)[order].to(logits.device)
-
-
 class CostEffPreTrainedModel(PreTrainedModel):
     """Loading, saving and weight initialisation, as every Transformers model has them."""
 
@@ -404,9 +330,10 @@ class CostEffModel(CostEffPreTrainedModel):
             for num_heads, num_neurons in zip(config.num_attention_heads, config.intermediate_size, strict=True)
         )
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        pool = EXIT_POOLING_FUNCTIONS[config.exit_pooling]
         self.exits = nn.ModuleDict(
             {
-                str(layer): EXIT_HEAD_CLASSES[config.exit_head](config.hidden_size, config.num_labels, dropout)
+                str(layer): EXIT_HEAD_CLASSES[config.exit_head](config.hidden_size, config.num_labels, dropout, pool)
                 for layer in config.exit_layers
             }
         )
@@ -491,13 +418,12 @@ class CostEffModel(CostEffPreTrainedModel):
         if input_ids is None or input_ids.dim() != 2 or 0 in input_ids.shape:
             found = "None" if input_ids is None else f"of shape {tuple(input_ids.shape)}"
             raise ValueError(f"`input_ids` is {found}. predict needs a non-empty (batch, seq).")
-        rows = self._exiting_rows(settings, len(input_ids), attention_mask)
+        rows = self._exiting_rows(settings, input_ids, attention_mask)
         with inference(self):
-            if attention_mask is not None:
-                longest = int(_lengths(attention_mask).max())
-                input_ids, attention_mask = input_ids[:, :longest], attention_mask[:, :longest]
-                token_type_ids = None if token_type_ids is None else token_type_ids[:, :longest]
-            self._run_layers(self._embed(input_ids, token_type_ids, None, None), attention_mask, rows=rows)
+            longest = rows.longest
+            types = None if token_type_ids is None else token_type_ids[:, :longest]
+            padding_mask = None if attention_mask is None else attention_mask[:, :longest]
+            self._run_layers(self._embed(input_ids[:, :longest], types, None, None), padding_mask, rows=rows)
             return self._prediction(rows)
 
     def _embed(
@@ -523,7 +449,7 @@ class CostEffModel(CostEffPreTrainedModel):
     ) -> CostEffModelOutput:
         """The one loop. Without `rows` all exits are computed; with `rows` only those they ask for, and rows leave."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        mask = create_bidirectional_mask(self.config, inputs_embeds=hidden, attention_mask=padding_mask)
+        mask = self._attention_mask(hidden, padding_mask, rows)
         exit_logits: list[Tensor] = []
         exits_ahead = len(self.config.exit_layers)
         if hidden_states is not None:
@@ -542,15 +468,16 @@ class CostEffModel(CostEffPreTrainedModel):
                 continue
             exits_ahead -= 1
             if rows is None:
-                exit_logits.append(self.exits[str(depth)](hidden))
+                exit_logits.append(self.exits[str(depth)](hidden, padding_mask))
             elif depth in rows.evaluated:
-                survivors = rows.leave(depth, self.exits[str(depth)](hidden))
+                survivors = rows.leave(depth, self.exits[str(depth)](hidden, padding_mask))
                 if survivors is None:
                     continue
                 if len(survivors) == 0:
                     break
-                hidden, padding_mask = _keep_rows(hidden, padding_mask, survivors.to(hidden.device))
-                mask = create_bidirectional_mask(self.config, inputs_embeds=hidden, attention_mask=padding_mask)
+                hidden = hidden[survivors, : rows.longest]
+                padding_mask = None if padding_mask is None else padding_mask[survivors, : rows.longest]
+                mask = self._attention_mask(hidden, padding_mask, rows)
         return CostEffModelOutput(
             last_hidden_state=hidden,
             exit_logits=tuple(exit_logits),
@@ -558,20 +485,27 @@ class CostEffModel(CostEffPreTrainedModel):
             attentions=None if attentions is None else tuple(attentions),
         )
 
-    def _exiting_rows(self, settings: ExitConfig | None, batch: int, attention_mask: Tensor | None) -> ExitingRows:
-        if attention_mask is not None and not attention_mask.any(dim=1).all():
-            row = int((~attention_mask.any(dim=1)).nonzero()[0])
-            raise ValueError(
-                f"Row {row} of `attention_mask` is all padding. Drop the row, or tokenize it: even an empty text has "
-                "its special tokens."
-            )
+    def _attention_mask(self, hidden: Tensor, padding_mask: Tensor | None, rows: ExitingRows | None) -> Any:
+        """What the attention function takes; `rows` know on the host whether anything is padded."""
+        if rows is None:
+            return create_bidirectional_mask(self.config, inputs_embeds=hidden, attention_mask=padding_mask)
+        if not rows.padded:
+            return None
+        return create_bidirectional_mask(
+            self.config, inputs_embeds=hidden, attention_mask=padding_mask, allow_is_bidirectional_skip=False
+        )
+
+    def _exiting_rows(
+        self, settings: ExitConfig | None, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> ExitingRows:
         layers = self.config.exit_layers
         if settings is None:
-            return ExitingRows(None, [], layers, batch)
+            return ExitingRows(None, [], layers, input_ids, attention_mask)
         if settings.checked_exits is not None and (stray := set(settings.checked_exits) - set(layers)):
             raise ValueError(f"`checked_exits` names layers without an exit: {sorted(stray)}. Exits: {layers}.")
         criterion = settings.build_criterion(len(layers), self.config.resolved_problem_type)
-        return ExitingRows(criterion, [layer for layer in layers if settings.is_checked(layer)], layers, batch)
+        checked = [layer for layer in layers if settings.is_checked(layer)]
+        return ExitingRows(criterion, checked, layers, input_ids, attention_mask)
 
     def _prediction(self, rows: ExitingRows) -> CostEffPrediction:
         logits, exit_layer = rows.answers()
@@ -588,21 +522,6 @@ class CostEffModel(CostEffPreTrainedModel):
             "regression": lambda: None,
         }[problem_type]()
         return CostEffPrediction(logits=logits, exit_layer=exit_layer, probabilities=chances, confidence=confidence)
-
-
-def _lengths(attention_mask: Tensor) -> Tensor:
-    """Position after the last real token of each row, shape (batch,), from a mask of shape (batch, seq)."""
-    positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
-    return (positions * (attention_mask != 0)).amax(dim=1)
-
-
-def _keep_rows(hidden: Tensor, padding_mask: Tensor | None, survivors: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The surviving rows, cropped to the longest of them."""
-    if padding_mask is None:
-        return hidden[survivors], None
-    padding_mask = padding_mask[survivors]
-    longest = int(_lengths(padding_mask).max())
-    return hidden[survivors, :longest], padding_mask[:, :longest]
 
 
 class CostEffForSequenceClassification(CostEffPreTrainedModel):
