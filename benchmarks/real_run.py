@@ -14,19 +14,18 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_costeff import compress
+from hf_costeff import CostEffConfig, ExitConfig, compress
 from hf_costeff.calibration import ExitLogits, choose_exit_config, exit_outcome
-from hf_costeff.compression import Compression
-from hf_costeff.compression_args import CompressionArguments
+from hf_costeff.compression import PAPER_SEQ_LENGTH
 from hf_costeff.data import DataArguments, make_collator, prepare_data
 from hf_costeff.efficiency import stock_flops
 from hf_costeff.evaluation import collect_exit_logits
 from hf_costeff.exit_criteria import simulate_exits
 from hf_costeff.metrics import METRICS, paired_bootstrap
 
-PAPER_TOKENS, PAPER_RATIO = 128, 19
+PAPER_RATIO = 19
 METRIC = {"mrpc": "f1", "cola": "matthews", "stsb": "spearman"}
 SPLITS = {
     "sst2": {"train_split": "train_disjoint", "calibration_split": "calibration"},
@@ -72,72 +71,62 @@ def main() -> None:
 
 
 def at_paper_flops(model_path: Path, teacher: str, data: str, options: dict) -> dict:
-    """The metric at 1/19 of the teacher's FLOPs, threshold chosen on calibration rows, all rows at 128 tokens."""
+    """The metric at 1/19 of the teacher's FLOPs, with intervals of the difference to the teacher (paired bootstrap)."""
     stages = model_path / "stages"
     teacher = str(stages / "teacher") if (stages / "teacher").exists() else teacher
-    data_names = {field.name for field in dataclasses.fields(DataArguments)}
-    arguments = DataArguments(dataset=data, **{key: value for key, value in options.items() if key in data_names})
-    run = Compression(CompressionArguments(teacher=teacher, output_dir=str(model_path)), arguments)
-    run.tokenizer = run.processing_class = _tokenizer(model_path)
-    prepared = prepare_data(
-        arguments,
-        run.tokenizer,
-        teacher_config=run.teacher_config,
-        max_positions=run.full_config.max_position_embeddings,
-    )
-    collator = make_collator(run.tokenizer)
+    names = {field.name for field in dataclasses.fields(DataArguments)}
+    arguments = DataArguments(dataset=data, **{key: value for key, value in options.items() if key in names})
     slim = AutoModelForSequenceClassification.from_pretrained(model_path)
     stock = AutoModelForSequenceClassification.from_pretrained(teacher)
-    metric, budget = options["metric"], stock_flops(stock.config, PAPER_TOKENS)
-    calibration = _at_128(collect_exit_logits(slim, prepared.calibration, collator))
-    validation = _at_128(collect_exit_logits(slim, prepared.validation, collator))
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    prepared = prepare_data(
+        arguments, tokenizer, teacher_config=stock.config, max_positions=slim.config.max_position_embeddings
+    )
+    collator = make_collator(tokenizer)
+    calibration = collect_exit_logits(slim, prepared.calibration, collator)
+    validation = collect_exit_logits(slim, prepared.validation, collator)
     reference = collect_exit_logits(stock, prepared.validation, collator)
-    settings = choose_exit_config(calibration, slim.config, metric, target_speedup=PAPER_RATIO, reference_flops=budget)
-    outcome = exit_outcome(validation, settings, slim.config, metric)
-    problem_type = slim.config.resolved_problem_type
+    metric, problem_type = options["metric"], slim.config.resolved_problem_type
+    budget = stock_flops(stock.config, PAPER_SEQ_LENGTH) / PAPER_RATIO
+    reached = best_at_flops(calibration, validation, slim.config, metric, budget)
+    settings = ExitConfig.from_dict(reached["exit_config"])
     exits = simulate_exits(validation.logits, settings, slim.config.exit_layers, problem_type)
-    function, labels = METRICS[problem_type][metric], reference.labels.numpy()
+    function, labels, teacher_logits = (
+        METRICS[problem_type][metric],
+        reference.known_labels(),
+        reference.logits[:, 0].numpy(),
+    )
     answers = {
         "full_depth": validation.logits[:, -1].numpy(),
         "early_exit": validation.logits[torch.arange(len(exits)), exits].numpy(),
     }
-    teacher_logits = reference.logits[:, 0].numpy()
     return {
-        "metric": metric,
+        **reached,
         "teacher": function(teacher_logits, labels),
-        "early_exit": outcome.metric,
-        "flops_ratio": budget / outcome.flops_per_row,
-        "mean_exit_layer": outcome.mean_exit_layer,
         "difference_to_teacher_95": {
             name: paired_bootstrap(function, logits, teacher_logits, labels) for name, logits in answers.items()
         },
-        "curve": [
-            {
-                "threshold": step / 50,
-                **dataclasses.asdict(
-                    exit_outcome(
-                        validation,
-                        dataclasses.replace(settings, threshold=step / 50, calibration=None),
-                        slim.config,
-                        metric,
-                    )
-                ),
-            }
-            for step in range(51)
-        ]
-        if settings.threshold is not None
-        else [],
     }
 
 
-def _at_128(records: ExitLogits) -> ExitLogits:
-    return dataclasses.replace(records, seq_lengths=torch.full_like(records.seq_lengths, PAPER_TOKENS))
-
-
-def _tokenizer(path: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
+def best_at_flops(
+    calibration: ExitLogits, validation: ExitLogits, config: CostEffConfig, metric: str, budget: float
+) -> dict:
+    """The most careful threshold that keeps a FLOPs budget on calibration rows, every row at 128 tokens."""
+    calibration, validation = (
+        dataclasses.replace(records, seq_lengths=torch.full_like(records.seq_lengths, PAPER_SEQ_LENGTH))
+        for records in (calibration, validation)
+    )
+    settings = choose_exit_config(calibration, config, metric, target_speedup=1.0, reference_flops=budget)
+    outcome = exit_outcome(validation, settings, config, metric)
+    return {
+        "metric": metric,
+        "early_exit": outcome.metric,
+        "flops": outcome.flops_per_row,
+        "flops_budget": budget,
+        "mean_exit_layer": outcome.mean_exit_layer,
+        "exit_config": settings.to_dict(),
+    }
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from .efficiency import checkpoint_bytes, count_parameters, full_depth_flops, pa
 from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig
 from .importance import compute_importance
-from .losses import representation_loss, soft_label_loss, task_loss
+from .losses import importance_loss, task_loss
 from .metrics import check_metric, default_metric
 from .metrics import compute_metrics as metrics_of
 from .modeling_costeff import CostEffForSequenceClassification
@@ -60,7 +60,6 @@ from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
 PAPER_SEQ_LENGTH = 128
-TAYLOR_SOFT_WEIGHT, TAYLOR_HARD_WEIGHT = 0.9, 0.1
 
 
 def compress(
@@ -335,7 +334,7 @@ class Compression:
         rate = recipe.interval.learning_rate * (1 + recipe.interval_growth) ** (number - 1)
         phase = dataclasses.replace(recipe.interval, learning_rate=rate)
         model, record = self._distil(name, model, assistant, phase, evaluate=False)
-        importance = compute_importance(model, self._scored_batches(name), self._taylor_loss(assistant))
+        importance = compute_importance(model, self._scored_batches(name), self._importance_loss(assistant))
         plan = ALLOCATIONS[self.arguments.allocation](importance, widths)
         slim = slenderize(model, plan, token_weights=self._token_weights())
         reached = describe_widths(Widths.of(slim.config))
@@ -375,7 +374,11 @@ class Compression:
             source = AutoModelForSequenceClassification.from_pretrained(
                 self.arguments.pretrained, num_labels=self.data.num_labels
             )
-        model = convert_from_stock(source, exit_layers=self.arguments.exit_layers)
+        model = convert_from_stock(
+            source,
+            exit_layers=self.arguments.exit_layers,
+            exit_pooling=self.arguments.exit_pooling or self.recipe.exit_pooling,
+        )
         self._set_labels(model.config)
         return self._prepared(model)
 
@@ -464,11 +467,7 @@ class Compression:
             )
         logger.warning("The calibration rows have no labels; the teacher's answers stand in for them.")
         logits = collect_exit_logits(teacher, rows, self.collator, description="Labelling").logits[:, -1]
-        if self.data.problem_type == REGRESSION:
-            answers = logits[:, 0]
-        else:
-            answers = (logits > 0).float() if self.data.problem_type == MULTI_LABEL else logits.argmax(-1)
-        return rows.add_column("labels", answers.tolist())
+        return rows.add_column("labels", answers(logits, self.data.problem_type).tolist())
 
     def _scored_batches(self, stage: str) -> Iterator[dict[str, Tensor]]:
         """Random training batches for an importance pass, under a progress bar."""
@@ -479,27 +478,26 @@ class Compression:
             batch = self.collator([self.data.train[int(row)] for row in rows[start : start + batch_size]])
             yield {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def _taylor_loss(self, assistant: PreTrainedModel) -> Callable[[CostEffForSequenceClassification, Any], Tensor]:
-        """0.9 soft + 0.1 hard + representation over all exits, against the assistant (COST-EFF's importance loss)."""
+    def _importance_loss(self, assistant: PreTrainedModel) -> Callable[[CostEffForSequenceClassification, Any], Tensor]:
+        """Exit-aware importance against the assistant; rows without labels are scored on the assistant's answers."""
         uneven = self.arguments.allocation == "uneven"
-        teacher = Teacher(assistant, self.full_config)
+        teacher, kind = Teacher(assistant, self.full_config), self.data.problem_type
 
         def loss(model: CostEffForSequenceClassification, batch: dict[str, Tensor]) -> Tensor:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             signals = teacher.signals(inputs, hidden_states=True)
             outputs = model(**inputs, output_hidden_states=True, gradient_equilibrium=False if uneven else None)
-            kind = self.data.problem_type
             labels = batch.get("labels")
             if labels is None:
-                labels = (
-                    signals.exit_logits[-1].argmax(-1)
-                    if kind not in (REGRESSION, MULTI_LABEL)
-                    else signals.exit_logits[-1]
-                )
-            return (
-                TAYLOR_SOFT_WEIGHT * soft_label_loss(outputs.exit_logits, signals.exit_logits, kind)
-                + TAYLOR_HARD_WEIGHT * task_loss(outputs.exit_logits, labels, kind)
-                + representation_loss(outputs.hidden_states, signals.hidden_states, inputs.get("attention_mask"))
+                labels = answers(signals.exit_logits[-1], kind)
+            return importance_loss(
+                outputs.exit_logits,
+                signals.exit_logits,
+                outputs.hidden_states,
+                signals.hidden_states,
+                labels,
+                inputs.get("attention_mask"),
+                kind,
             )
 
         return loss
@@ -543,6 +541,13 @@ class Compression:
         }
         write_report(result, exit_curve(records["slim model"], slim.config, self.metric), facts)
         return result
+
+
+def answers(logits: Tensor, problem_type: str) -> Tensor:
+    """What logits of shape (batch, labels) answer: classes (batch,), 0/1 (batch, labels), or values (batch,)."""
+    if problem_type == REGRESSION:
+        return logits[:, 0]
+    return (logits > 0).float() if problem_type == MULTI_LABEL else logits.argmax(dim=-1)
 
 
 def _bf16_pays(device: torch.device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .configuration_costeff import EXIT_POOLINGS
 from .recipes import RECIPES
 from .slenderization import ALLOCATIONS, Widths, describe_widths
 
@@ -35,6 +36,9 @@ class CompressionArguments:
         default=None, metadata={"help": "Slenderization events; 1 is one-shot. Default: the recipe's."}
     )
     exit_layers: list[int] | None = field(default=None, metadata={"help": "Layers with an exit. Default: all."})
+    exit_pooling: str | None = field(
+        default=None, metadata={"help": "What exits look at: cls or mean. Default: the recipe's."}
+    )
     fine_tune_teacher: bool = field(
         default=True, metadata={"help": "Fine-tune the teacher first if it has no classification head."}
     )
@@ -57,6 +61,8 @@ class CompressionArguments:
     dry_run: bool = field(default=False, metadata={"help": "Only print the plan: parameters, FLOPs, file size."})
 
     def __post_init__(self) -> None:
+        if self.exit_pooling not in (None, *EXIT_POOLINGS):
+            raise ValueError(f"`exit_pooling` is {self.exit_pooling!r}. It must be one of {', '.join(EXIT_POOLINGS)}.")
         for name, choices in (
             ("recipe", RECIPES),
             ("allocation", ALLOCATIONS),

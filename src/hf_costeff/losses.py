@@ -118,6 +118,39 @@ def representation_loss(
     return total
 
 
+def importance_loss(
+    exit_logits: Sequence[Tensor],
+    teacher_logits: Sequence[Tensor],
+    hidden_states: Sequence[Tensor],
+    teacher_hidden_states: Sequence[Tensor],
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    problem_type: str,
+) -> Tensor:
+    """What importance is scored on: 0.9 soft labels + 0.1 true labels + representations (COST-EFF's pipeline).
+
+    Exit-aware when it is given all exits; given the last exit alone it is the ordinary Taylor score. Unlike the
+    pipeline, the representation part is the mean over real tokens and not over a fixed 128.
+
+    Args:
+        exit_logits: Student logits of each exit, shape (batch, labels).
+        teacher_logits: Teacher logits for each of them.
+        hidden_states: Student's, each of shape (batch, seq, hidden).
+        teacher_hidden_states: Teacher's, same shapes and number.
+        labels: As in [`task_loss`].
+        attention_mask: 1 for real tokens, shape (batch, seq).
+        problem_type: As upstream's `config.problem_type`.
+
+    Returns:
+        A scalar.
+    """
+    return (
+        0.9 * soft_label_loss(exit_logits, teacher_logits, problem_type)
+        + 0.1 * task_loss(exit_logits, labels, problem_type)
+        + representation_loss(hidden_states, teacher_hidden_states, attention_mask)
+    )
+
+
 def weighted_sum(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Total loss: each named part times its weight.
 

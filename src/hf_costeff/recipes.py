@@ -51,6 +51,7 @@ class Recipe:
         importance_rows: Training rows an importance pass looks at, at most; `None` for all.
         representation: Recovery on hidden states alone.
         prediction: Recovery on predictions and hidden states together.
+        exit_pooling: What the exits look at, see [`CostEffConfig`].
         batch_size: Rows per optimizer step.
     """
 
@@ -64,6 +65,7 @@ class Recipe:
     importance_rows: int | None
     representation: Phase
     prediction: Phase
+    exit_pooling: str
     batch_size: int = 32
 
 
@@ -82,9 +84,10 @@ def fast_recipe(rows: int, num_attention_heads: int) -> Recipe:
         interval=Phase(0.2, 5e-4, min_steps=60, max_steps=300, representation_only_ratio=0.7),
         interval_growth=0.0,
         events=3,
-        importance_rows=2000,
+        importance_rows=640,
         representation=Phase(1, 1e-3, min_steps=300, max_steps=2000),
         prediction=Phase(4, 5e-4, min_steps=1000, max_steps=8000),
+        exit_pooling="mean",
     )
 
 
@@ -121,6 +124,7 @@ def paper_recipe(rows: int, num_attention_heads: int) -> Recipe:
         importance_rows=None,
         representation=Phase(representation, 3e-5),
         prediction=Phase(prediction, 2e-5),
+        exit_pooling="cls",
     )
 
 

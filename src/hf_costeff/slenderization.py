@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log
+from math import prod
 from typing import Any
 
 import torch
@@ -345,10 +345,12 @@ def solve_widths(
     embedding_rank: int | None = None,
     multiple_of: int = 8,
 ) -> Widths:
-    """The even widths that keep a budget and the largest product of kept fractions of heads, neurons and rank.
+    """The even widths that keep a budget and come closest to COST-EFF's proportions.
 
-    The product is largest where the three parts cost about the same, which for BERT-base at 1/8 of the parameters
-    lands beside COST-EFF's own 2 heads, 256 neurons and rank 128. Neurons and rank are multiples of `multiple_of`.
+    The paper keeps heads, rank and neurons in the proportions 1 : 1 : 1/2 of what there was. These widths have the
+    largest smallest share, min(heads / all, rank / all, 2 * neurons / all), and among equals the largest product. For
+    BERT-base at 1/8 of the parameters that is 2 heads, 240 neurons and rank 128; the paper's 2, 256 and 128 are 1/7.87.
+    Neurons and rank are multiples of `multiple_of`.
 
     Args:
         config: The model at its present widths.
@@ -381,14 +383,15 @@ def solve_widths(
         keep_whole = embedding_rank is None and rank == full_rank
         return Widths.even(layers, head, neuron, config.embedding_rank if keep_whole else rank)
 
-    best: tuple[float, Widths] | None = None
+    best: tuple[tuple[float, float], Widths] | None = None
     smallest = {unit: _SeparableCost(cost, widths, config) for cost, _, unit in budget.costs()}
     limits = {unit: limit for _, limit, unit in budget.costs()}
     for head in head_choices:
         for rank in rank_choices:
             fitting = [n for n in neuron_choices if all(smallest[u](head, n, rank) <= limits[u] for u in limits)]
             if fitting:
-                kept = log(head / heads) + log(fitting[-1] / neurons) + log(rank / full_rank)
+                shares = (head / heads, rank / full_rank, 2 * fitting[-1] / neurons)
+                kept = (min(shares), prod(shares))
                 if best is None or kept > best[0]:
                     best = (kept, widths(head, fitting[-1], rank))
     if best is None:

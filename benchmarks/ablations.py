@@ -1,0 +1,274 @@
+"""The central claims of COST-EFF, one variant each, at equal parameters and equal training steps.
+
+    python benchmarks/ablations.py --task sst2 --data DIR --run runs/sst2-fast-42 [--steps 1000] [--seeds 42]
+
+Every variant starts from the assistant of a finished run (benchmarks/real_run.py), is slenderized in one shot and
+recovers for the same number of steps, so that only the named thing differs:
+
+    base            exit-aware importance, assistant as teacher, exits trained jointly
+    final-exit      importance from the final exit alone
+    single-exit     the single-exit teacher instead of the assistant
+    two-stage       backbone and final exit first, then the other exits on the frozen backbone, half the steps each
+    squat           the first half of the layers, wider, instead of all layers
+    random          units kept at random: the control for importance
+
+Rows go to benchmarks/results/ablation-<task>.json, one by one, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from hf_costeff import CostEffForSequenceClassification, CostEffTrainer, CostEffTrainingArguments, slenderize
+from hf_costeff.compression import PAPER_SEQ_LENGTH
+from hf_costeff.data import DataArguments, PreparedData, make_collator, prepare_data
+from hf_costeff.efficiency import count_parameters, full_depth_flops, stock_flops
+from hf_costeff.evaluation import collect_exit_logits
+from hf_costeff.importance import Importance, compute_importance
+from hf_costeff.losses import importance_loss
+from hf_costeff.metrics import METRICS
+from hf_costeff.slenderization import Budget, SlenderizationPlan, Widths, describe_widths, solve_widths
+from hf_costeff.trainer import Teacher
+from real_run import METRIC, SPLITS, best_at_flops
+
+VARIANTS = ("base", "final-exit", "single-exit", "two-stage", "squat", "random")
+
+
+@dataclass
+class Setting:
+    """What all variants of a task share."""
+
+    data: PreparedData
+    collator: Any
+    assistant: CostEffForSequenceClassification
+    teacher: Any
+    metric: str
+    max_parameters: int
+    steps: int
+    learning_rate: float
+    seed: int
+    bf16: bool
+
+    def train(self, model: CostEffForSequenceClassification, teacher: Any, steps: int, **weights: Any) -> None:
+        """Recover on predictions and representations for a number of steps."""
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = CostEffTrainingArguments(
+                output_dir=folder,
+                max_steps=steps,
+                learning_rate=self.learning_rate,
+                warmup_steps=0.1,
+                weight_decay=0.01,
+                per_device_train_batch_size=32,
+                train_sampling_strategy="group_by_length",
+                save_strategy="no",
+                logging_steps=max(1, steps // 4),
+                bf16=self.bf16,
+                use_cpu=not torch.cuda.is_available(),
+                seed=self.seed,
+                report_to="none",
+                disable_tqdm=True,
+                **weights,
+            )
+            CostEffTrainer(
+                model, arguments, teacher=teacher, train_dataset=self.data.train, data_collator=self.collator
+            ).train()
+
+    def importance(self, exits: slice) -> Importance:
+        """Scores of the assistant's units, from the given exits, on 2,000 training rows."""
+        model = copy.deepcopy(self.assistant).requires_grad_(True)
+        teacher = Teacher(self.assistant, model.config)
+        rows = np.random.default_rng(self.seed).permutation(len(self.data.train))[:2000]
+
+        def loss(scored: CostEffForSequenceClassification, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            signals = teacher.signals(inputs, hidden_states=True)
+            outputs = scored(**inputs, output_hidden_states=True)
+            return importance_loss(
+                outputs.exit_logits[exits],
+                signals.exit_logits[exits],
+                outputs.hidden_states,
+                signals.hidden_states,
+                batch["labels"],
+                inputs.get("attention_mask"),
+                self.data.problem_type,
+            )
+
+        batches = (
+            self.collator([self.data.train[int(row)] for row in rows[start : start + 32]])
+            for start in range(0, len(rows), 32)
+        )
+        return compute_importance(model, batches, loss)
+
+    def token_weights(self) -> torch.Tensor:
+        """Token counts of the training rows, plus 1."""
+        tokens = np.concatenate([np.asarray(ids) for ids in self.data.train["input_ids"]])
+        return torch.from_numpy(np.bincount(tokens, minlength=self.assistant.config.vocab_size) + 1.0)
+
+    def slim(
+        self, source: CostEffForSequenceClassification, importance: Importance
+    ) -> CostEffForSequenceClassification:
+        """One-shot slenderization to the budget."""
+        widths = solve_widths(source.config, Budget(max_parameters=self.max_parameters))
+        plan = SlenderizationPlan.by_layer(importance, widths)
+        model = slenderize(source, plan, self.token_weights()).requires_grad_(True)
+        model.set_attn_implementation(self.assistant.config._attn_implementation)
+        return model
+
+    def report(self, model: CostEffForSequenceClassification) -> dict[str, Any]:
+        """Metric at full depth, mean over exits, and at 1/19 of the teacher's FLOPs, on validation."""
+        model.eval()
+        validation = collect_exit_logits(model, self.data.validation, self.collator, show_progress=False)
+        calibration = collect_exit_logits(model, self.data.calibration, self.collator, show_progress=False)
+        function, labels = METRICS[self.data.problem_type][self.metric], validation.known_labels()
+        by_exit = [function(validation.logits[:, exit_].numpy(), labels) for exit_ in range(validation.logits.shape[1])]
+        budget = stock_flops(self.teacher.config, PAPER_SEQ_LENGTH) / 19
+        return {
+            "full_depth": by_exit[-1],
+            "mean_exit": float(np.mean(by_exit)),
+            "by_exit": by_exit,
+            "at_paper_flops": best_at_flops(calibration, validation, model.config, self.metric, budget),
+            "parameters": count_parameters(model),
+            "flops_at_128": full_depth_flops(model.config, PAPER_SEQ_LENGTH),
+            "widths": describe_widths(Widths.of(model.config)),
+        }
+
+
+def base(setting: Setting) -> CostEffForSequenceClassification:
+    model = setting.slim(setting.assistant, setting.importance(slice(None)))
+    setting.train(model, setting.assistant, setting.steps)
+    return model
+
+
+def final_exit_importance(setting: Setting) -> CostEffForSequenceClassification:
+    model = setting.slim(setting.assistant, setting.importance(slice(-1, None)))
+    setting.train(model, setting.assistant, setting.steps)
+    return model
+
+
+def single_exit_teacher(setting: Setting) -> CostEffForSequenceClassification:
+    model = setting.slim(setting.assistant, setting.importance(slice(None)))
+    setting.train(model, setting.teacher, setting.steps)
+    return model
+
+
+def two_stage_exits(setting: Setting) -> CostEffForSequenceClassification:
+    """First the backbone and the final exit, then all other exits with everything else frozen."""
+    joint = setting.slim(setting.assistant, setting.importance(slice(-1, None)))
+    config = copy.deepcopy(joint.config)
+    config.exit_layers = [config.num_hidden_layers]
+    single = CostEffForSequenceClassification(config)
+    single.load_state_dict({name: joint.state_dict()[name] for name in single.state_dict()})
+    single.set_attn_implementation(joint.config._attn_implementation)
+    setting.train(single, setting.assistant, setting.steps // 2)
+    joint.load_state_dict(single.state_dict(), strict=False)
+    for name, parameter in joint.named_parameters():
+        parameter.requires_grad = ".exits." in name
+    setting.train(joint, setting.assistant, setting.steps - setting.steps // 2, representation_weight=0.0)
+    return joint
+
+
+def squat(setting: Setting) -> CostEffForSequenceClassification:
+    """Half the layers, each wider, at the same parameters; layer l answers to the assistant's layer 2l."""
+    scores, source = setting.importance(slice(None)), setting.assistant
+    kept = source.config.num_hidden_layers // 2
+    config = copy.deepcopy(source.config)
+    config.num_hidden_layers, config.exit_layers = kept, list(range(1, kept + 1))
+    config.num_attention_heads, config.intermediate_size = (
+        config.num_attention_heads[:kept],
+        config.intermediate_size[:kept],
+    )
+    shallow = CostEffForSequenceClassification(config)
+    shallow.load_state_dict({name: source.state_dict()[name] for name in shallow.state_dict()})
+    model = setting.slim(shallow, Importance(scores.head_importance[:kept], scores.neuron_importance[:kept]))
+    setting.train(model, source, setting.steps)
+    return model
+
+
+def random_units(setting: Setting) -> CostEffForSequenceClassification:
+    generator = torch.Generator().manual_seed(setting.seed)
+    config = setting.assistant.config
+    scores = Importance(
+        tuple(torch.rand(heads, generator=generator) for heads in config.num_attention_heads),
+        tuple(torch.rand(neurons, generator=generator) for neurons in config.intermediate_size),
+    )
+    model = setting.slim(setting.assistant, scores)
+    setting.train(model, setting.assistant, setting.steps)
+    return model
+
+
+RUNS: dict[str, Callable[[Setting], CostEffForSequenceClassification]] = {
+    "base": base,
+    "final-exit": final_exit_importance,
+    "single-exit": single_exit_teacher,
+    "two-stage": two_stage_exits,
+    "squat": squat,
+    "random": random_units,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--run", required=True, type=Path, help="A finished run of benchmarks/real_run.py.")
+    parser.add_argument("--teacher", help="The single-exit teacher, if the run did not fine-tune one.")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--compression", type=float, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    given = parser.parse_args()
+    output = Path(__file__).parent / "results" / f"ablation-{given.task}.json"
+    output.parent.mkdir(exist_ok=True)
+    rows = json.loads(output.read_text()) if output.exists() else {}
+    tokenizer = AutoTokenizer.from_pretrained(given.run)
+    bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16")) or torch.cuda.is_available()
+    attention = "eager" if bf16 else "sdpa"
+    assistant = CostEffForSequenceClassification.from_pretrained(
+        given.run / "stages/assistant", attn_implementation=attention
+    )
+    teacher = AutoModelForSequenceClassification.from_pretrained(
+        given.teacher or given.run / "stages/teacher", attn_implementation=attention
+    )
+    data = prepare_data(
+        DataArguments(dataset=given.data, dataset_config=given.task, **SPLITS.get(given.task, {})),
+        tokenizer,
+        teacher_config=teacher.config,
+        max_positions=assistant.config.max_position_embeddings,
+    )
+    for seed in given.seeds:
+        for variant in given.variants:
+            name = f"{variant}-{seed}"
+            if name in rows:
+                continue
+            set_seed(seed)
+            setting = Setting(
+                data=data,
+                collator=make_collator(tokenizer),
+                assistant=copy.deepcopy(assistant),
+                teacher=teacher,
+                metric=METRIC.get(given.task, "accuracy"),
+                max_parameters=int(count_parameters(teacher) / given.compression),
+                steps=given.steps,
+                learning_rate=given.learning_rate,
+                seed=seed,
+                bf16=bf16,
+            )
+            rows[name] = {**setting.report(RUNS[variant](setting)), "steps": given.steps}
+            output.write_text(json.dumps(rows, indent=1))
+            print(name, json.dumps(rows[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
