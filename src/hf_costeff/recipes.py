@@ -78,15 +78,15 @@ def fast_recipe(rows: int, num_attention_heads: int) -> Recipe:
     """
     return Recipe(
         name="fast",
-        teacher=Phase(3, 5e-5, min_steps=500),
+        teacher=Phase(3, 5e-5, min_steps=400),
         assistant_representation=Phase(0, 0),
-        assistant_prediction=Phase(1, 5e-5, min_steps=300, max_steps=2000),
+        assistant_prediction=Phase(1, 1e-4, min_steps=400, max_steps=2000),
         interval=Phase(0.2, 5e-4, min_steps=60, max_steps=300, representation_only_ratio=0.7),
         interval_growth=0.0,
         events=3,
         importance_rows=640,
         representation=Phase(1, 1e-3, min_steps=300, max_steps=2000),
-        prediction=Phase(4, 5e-4, min_steps=1000, max_steps=8000),
+        prediction=Phase(6, 1e-3, min_steps=1500, max_steps=10_000),
         exit_pooling="mean",
     )
 
