@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from .compression import Compression
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         sys.stdout.write(COMMANDS[words[0]][0](words[1:]) + "\n")
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         sys.stderr.write(f"hf-costeff {words[0]}: {error}\n")
         return 1
     return 0

@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -142,7 +143,7 @@ class Compression:
         self.dataset = dataset
         self.given_teacher = teacher
         self.processing_class = processing_class
-        self.teacher_config = teacher.config if teacher is not None else AutoConfig.from_pretrained(arguments.teacher)
+        self.teacher_config = teacher.config if teacher is not None else load_teacher_config(arguments.teacher)
         self.full_config = convert_config(self.teacher_config, exit_layers=arguments.exit_layers)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = {"auto": _bf16_pays(self.device), "fp32": False, "bf16": True}[arguments.precision]
@@ -541,6 +542,20 @@ class Compression:
         }
         write_report(result, exit_curve(records["slim model"], slim.config, self.metric), facts)
         return result
+
+
+def load_teacher_config(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint.
+
+    Raises:
+        ValueError: If there is no such checkpoint, saying where it was looked for.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The teacher {name!r} cannot be loaded: {error} Give a Hub id, or a local folder with a config.json."
+        ) from error
 
 
 def answers(logits: Tensor, problem_type: str) -> Tensor:

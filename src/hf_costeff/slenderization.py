@@ -368,6 +368,8 @@ def solve_widths(
     """
     layers, heads, neurons = config.num_hidden_layers, max(config.num_attention_heads), max(config.intermediate_size)
     full_rank = config.embedding_rank or config.hidden_size
+    wanted = zip((num_attention_heads, intermediate_size, embedding_rank), (heads, neurons, full_rank), strict=True)
+    check_widths(config, Widths.even(layers, *(full if value is None else value for value, full in wanted)))
     head_choices = range(1, heads + 1) if num_attention_heads is None else [num_attention_heads]
     neuron_choices = _multiples(neurons, multiple_of) if intermediate_size is None else [intermediate_size]
     rank_choices = _multiples(full_rank, multiple_of) if embedding_rank is None else [embedding_rank]

@@ -1,0 +1,111 @@
+"""Write the measured tables of docs/results.md from benchmarks/results/*.json.
+
+    python benchmarks/table.py
+
+Each table stands between two marker comments and is replaced whole, so a figure in the page is always one that a run
+has written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "results.md"
+TASKS = ("sst2", "mrpc", "cola", "rte", "stsb", "qnli", "mnli")
+VARIANTS = ("base", "final-exit", "random", "single-exit", "two-stage", "squat")
+
+
+def main() -> None:
+    tables = {"tasks": tasks_table(), "clock": clock_table(), "ablations": ablation_table()}
+    text = PAGE.read_text()
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+    PAGE.write_text(text)
+
+
+def runs() -> list[tuple[str, dict]]:
+    files = sorted(
+        (HERE / "results").glob("*-*-*.json"), key=lambda file: (TASKS.index(file.stem.split("-")[0]), file.stem)
+    )
+    return [(file.stem, json.loads(file.read_text())) for file in files]
+
+
+def tasks_table() -> str:
+    lines = [
+        "| run | metric | teacher | assistant | slim, full depth | kept | at 1/19 FLOPs | kept | mean exit layer | parameters | "
+        "FLOPs, full depth |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs():
+        teacher, assistant, full, _ = run["rows"]
+        metric, paper = run["metric"], run["at_paper_flops"]
+        base, low, high = teacher["metrics"][metric], *paper["difference_to_teacher_95"]["full_depth"][1:]
+        early_low, early_high = paper["difference_to_teacher_95"]["early_exit"][1:]
+        lines.append(
+            f"| {name} | {metric} | {base:.4f} | {assistant['metrics'][metric]:.4f} "
+            f"| {full['metrics'][metric]:.4f} ({100 * low:+.1f} to {100 * high:+.1f} points) "
+            f"| {full['metrics'][metric] / base:.1%} "
+            f"| {paper['early_exit']:.4f} ({100 * early_low:+.1f} to {100 * early_high:+.1f} points) "
+            f"| {paper['early_exit'] / base:.1%} "
+            f"| {paper['mean_exit_layer']:.2f} of {len(full['exit_shares'])} "
+            f"| 1/{teacher['parameters'] / full['parameters']:.2f} "
+            f"| 1/{teacher['flops_per_row_at_128'] / full['flops_per_row_at_128']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def clock_table() -> str:
+    lines = [
+        "| run | threshold chosen for | metric, early exit | kept | mean exit layer | FLOPs, real lengths "
+        "| batch 32: full depth / early exit | batch 1: full depth / early exit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs():
+        teacher, _, full, early = run["rows"]
+        metric = run["metric"]
+        goal = ", ".join(f"{key} {value:g}" for key, value in run["exit_config"]["calibration"]["goal"].items())
+        speed = {
+            size: " / ".join(f"{teacher['ms_per_text'][size] / row['ms_per_text'][size]:.2f}x" for row in (full, early))
+            for size in ("32", "1")
+        }
+        lines.append(
+            f"| {name} | {goal} | {early['metrics'][metric]:.4f} | {early['metrics'][metric] / teacher['metrics'][metric]:.1%} "
+            f"| {early['mean_exit_layer']:.2f} | 1/{teacher['flops_per_row'] / early['flops_per_row']:.1f} "
+            f"| {speed['32']} | {speed['1']} |"
+        )
+    return "\n".join(lines)
+
+
+def ablation_table() -> str:
+    lines = [
+        "| task | variant | seeds | full depth | mean over exits | at 1/19 FLOPs | mean exit layer there | parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted((HERE / "results").glob("ablation-*.json")):
+        rows = json.loads(file.read_text())
+        for variant in VARIANTS:
+            found = [row for name, row in rows.items() if name.rsplit("-", 1)[0] == variant]
+            if not found:
+                continue
+            lines.append(
+                f"| {file.stem.removeprefix('ablation-')} | {variant} | {len(found)} | {spread(found, 'full_depth')} "
+                f"| {spread(found, 'mean_exit')} | {spread([row['at_paper_flops'] for row in found], 'early_exit')} "
+                f"| {spread([row['at_paper_flops'] for row in found], 'mean_exit_layer', 2)} "
+                f"| {found[0]['parameters']:,} |"
+            )
+    return "\n".join(lines)
+
+
+def spread(rows: list[dict], key: str, digits: int = 4) -> str:
+    """Mean, and the range where there are several seeds."""
+    values = [row[key] for row in rows]
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
