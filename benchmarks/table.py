@@ -36,8 +36,8 @@ def runs() -> list[tuple[str, dict]]:
 
 def tasks_table() -> str:
     lines = [
-        "| run | metric | teacher | assistant | slim, full depth | kept | at 1/19 FLOPs | kept | mean exit layer | parameters | "
-        "FLOPs, full depth |",
+        "| run | metric | teacher | assistant | slim, full depth | kept | at 1/19 FLOPs | kept | mean exit layer "
+        "| parameters | FLOPs, full depth |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs():
@@ -73,7 +73,8 @@ def clock_table() -> str:
             for size in ("32", "1")
         }
         lines.append(
-            f"| {name} | {goal} | {early['metrics'][metric]:.4f} | {early['metrics'][metric] / teacher['metrics'][metric]:.1%} "
+            f"| {name} | {goal} | {early['metrics'][metric]:.4f} "
+            f"| {early['metrics'][metric] / teacher['metrics'][metric]:.1%} "
             f"| {early['mean_exit_layer']:.2f} | 1/{teacher['flops_per_row'] / early['flops_per_row']:.1f} "
             f"| {speed['32']} | {speed['1']} |"
         )
@@ -82,7 +83,7 @@ def clock_table() -> str:
 
 def ablation_table() -> str:
     lines = [
-        "| task | variant | seeds | full depth | mean over exits | at 1/19 FLOPs | mean exit layer there | parameters |",
+        "| task | variant | seeds | full depth | mean over exits | at 1/19 FLOPs | mean exit layer | parameters |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for file in sorted((HERE / "results").glob("ablation-*.json")):

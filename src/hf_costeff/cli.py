@@ -16,12 +16,19 @@ from .evaluation import calibrate
 from .modeling_costeff import CostEffForSequenceClassification
 
 
+@dataclass
+class DryRunArguments:
+    """Whether `hf-costeff compress` stops at the plan."""
+
+    dry_run: bool = field(default=False, metadata={"help": "Only print the plan: parameters, FLOPs, file size."})
+
+
 def run_compress(arguments: Sequence[str]) -> str:
     """`hf-costeff compress`: the whole recipe, or with `--dry_run` its plan; returns what to print."""
-    parser = HfArgumentParser([CompressionArguments, DataArguments], prog="hf-costeff compress")
-    compression_arguments, data_arguments = parser.parse_args_into_dataclasses(list(arguments))
+    parser = HfArgumentParser([CompressionArguments, DataArguments, DryRunArguments], prog="hf-costeff compress")
+    compression_arguments, data_arguments, stop_at = parser.parse_args_into_dataclasses(list(arguments))
     run = Compression(compression_arguments, data_arguments)
-    if compression_arguments.dry_run:
+    if stop_at.dry_run:
         return run.plan().describe()
     result = run.run()
     summary = result.model_path / "SUMMARY.md"

@@ -7,6 +7,7 @@ Each stage loads what the one before it saved, so a run that was killed goes on 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -64,8 +65,8 @@ PAPER_SEQ_LENGTH = 128
 
 
 def compress(
-    teacher: str | PreTrainedModel,
-    dataset: str | datasets.Dataset | datasets.DatasetDict | None = None,
+    teacher: str | Path | PreTrainedModel,
+    dataset: str | Path | datasets.Dataset | datasets.DatasetDict | None = None,
     output_dir: str | Path = "slim",
     *,
     processing_class: PreTrainedTokenizerBase | None = None,
@@ -74,7 +75,7 @@ def compress(
     """Make a slim multi-exit model from a fine-tuned classifier.
 
     Args:
-        teacher: Hub id or folder of a fine-tuned encoder classifier, or the model itself.
+        teacher: Hub id or folder of a fine-tuned encoder classifier, or the model itself, which is copied.
         dataset: Hub id, local folder, or loaded data; `None` if `train_file` is among the options.
         output_dir: Where the model and the stages go; an interrupted run in it goes on.
         processing_class: The teacher's tokenizer; `None` loads it from where the teacher is.
@@ -94,17 +95,18 @@ def compress(
             f"compress() does not know {', '.join(sorted(unknown))}. Options: "
             f"{', '.join(sorted(compression_names | data_names))}."
         )
-    name = teacher if isinstance(teacher, str) else (teacher.name_or_path or type(teacher).__name__)
+    by_name = isinstance(teacher, (str, Path))
+    name = teacher if by_name else (teacher.name_or_path or type(teacher).__name__)
     chosen = {key: value for key, value in options.items() if key in compression_names}
     arguments = CompressionArguments(teacher=str(name), output_dir=str(output_dir), **chosen)
     data_options = {key: value for key, value in options.items() if key in data_names}
-    if isinstance(dataset, str):
-        data_options["dataset"], dataset = dataset, None
+    if isinstance(dataset, (str, Path)):
+        data_options["dataset"], dataset = str(dataset), None
     return Compression(
         arguments,
         DataArguments(**data_options),
         dataset=dataset,
-        teacher=None if isinstance(teacher, str) else teacher,
+        teacher=None if by_name else copy.deepcopy(teacher),
         processing_class=processing_class,
     ).run()
 
@@ -183,13 +185,13 @@ class Compression:
     def run(self) -> CompressionResult:
         """Go through the stages that are not done yet, then report."""
         self.tokenizer = self.processing_class or AutoTokenizer.from_pretrained(self.arguments.teacher)
-        self.data = self._prepare_data()
+        loaded_teacher = self._load_given_teacher()
+        self.data = self._prepare_data(loaded_teacher)
         self.metric = self.arguments.metric or default_metric(self.data.problem_type)
         check_metric(self.metric, self.data.problem_type)
         if self.metric == "mse":
             raise ValueError("`metric` is 'mse', which falls as models improve. Choose by spearman or pearson.")
         self.collator = make_collator(self.tokenizer)
-        loaded_teacher = self._load_given_teacher()
         self.calibration = self._label_calibration(loaded_teacher)
         self._set_labels(self.teacher_config)
         self._set_labels(self.full_config)
@@ -207,21 +209,21 @@ class Compression:
                 self.store.finish(stage.name, model.save_pretrained, record)
         return self._report(plan, stages, loaded_teacher)
 
-    def _prepare_data(self) -> PreparedData:
+    def _prepare_data(self, loaded_teacher: PreTrainedModel | None) -> PreparedData:
+        """The splits, with the labels of the teacher; a teacher without a head has none, so the data's own count."""
         source = self.data_arguments if self.dataset is None else self.dataset
         longest = self.full_config.max_position_embeddings - self.full_config.position_offset
         return prepare_data(
             source,
             self.tokenizer,
-            teacher_config=self.teacher_config,
+            teacher_config=None if loaded_teacher is None else self.teacher_config,
             max_positions=longest,
             arguments=self.data_arguments,
         )
 
     def _settings(self) -> dict[str, Any]:
         arguments = dataclasses.asdict(self.arguments)
-        for name in ("output_dir", "dry_run"):
-            del arguments[name]
+        del arguments["output_dir"]
         data = self.data.summary()
         return {**arguments, "data": dataclasses.asdict(self.data_arguments), "rows": data["rows"]}
 

@@ -58,7 +58,6 @@ class CompressionArguments:
     precision: str = field(default="auto", metadata={"help": "Training precision: auto, fp32 or bf16."})
     batch_size: int | None = field(default=None, metadata={"help": "Rows per step. Default: the recipe's."})
     seed: int = field(default=42, metadata={"help": "Seed of every stage."})
-    dry_run: bool = field(default=False, metadata={"help": "Only print the plan: parameters, FLOPs, file size."})
 
     def __post_init__(self) -> None:
         if self.exit_pooling not in (None, *EXIT_POOLINGS):
