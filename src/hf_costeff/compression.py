@@ -95,10 +95,12 @@ def compress(
             f"compress() does not know {', '.join(sorted(unknown))}. Options: "
             f"{', '.join(sorted(compression_names | data_names))}."
         )
-    by_name = isinstance(teacher, (str, Path))
-    name = teacher if by_name else (teacher.name_or_path or type(teacher).__name__)
+    if isinstance(teacher, (str, Path)):
+        name, given = str(teacher), None
+    else:
+        name, given = teacher.name_or_path or type(teacher).__name__, copy.deepcopy(teacher)
     chosen = {key: value for key, value in options.items() if key in compression_names}
-    arguments = CompressionArguments(teacher=str(name), output_dir=str(output_dir), **chosen)
+    arguments = CompressionArguments(teacher=name, output_dir=str(output_dir), **chosen)
     data_options = {key: value for key, value in options.items() if key in data_names}
     if isinstance(dataset, (str, Path)):
         data_options["dataset"], dataset = str(dataset), None
@@ -106,7 +108,7 @@ def compress(
         arguments,
         DataArguments(**data_options),
         dataset=dataset,
-        teacher=None if by_name else copy.deepcopy(teacher),
+        teacher=given,
         processing_class=processing_class,
     ).run()
 
