@@ -14,7 +14,7 @@ import hf_costeff
 from helpers import TINY, random_batch, select_rows, tiny_config, tiny_model
 from hf_costeff import CostEffForSequenceClassification, CostEffModel, ExitConfig
 from hf_costeff.exit_criteria import CRITERIA, probabilities, simulate_exits
-from hf_costeff.modeling_costeff import LinearExitHead
+from hf_costeff.exit_heads import LinearExitHead
 
 LENGTHS = [7, 3, 11, 2, 9, 5, 11, 4, 6, 2, 8, 10]
 ATTENTION = ["eager", "sdpa"]

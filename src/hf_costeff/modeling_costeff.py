@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,13 @@ def eager_attention(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
+def linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer of any width, 0 included, without torch's warning that an empty matrix needs no values."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        return nn.Linear(in_features, out_features)
+
+
 class CostEffEmbeddings(nn.Module):
     """Word (factorised or not), position and token-type embeddings, summed and normalised."""
 
@@ -207,8 +215,8 @@ class CostEffAttention(nn.Module):
         self.num_heads = num_heads
         self.head_size = head_size
         self.attention_dropout = attention_dropout
-        self.query_key_value = nn.Linear(hidden_size, 3 * num_heads * head_size)
-        self.output = nn.Linear(num_heads * head_size, hidden_size)
+        self.query_key_value = linear(hidden_size, 3 * num_heads * head_size)
+        self.output = linear(num_heads * head_size, hidden_size)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, attend: Callable[..., Any]
@@ -231,9 +239,9 @@ class CostEffFeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, num_neurons: int, activation: str) -> None:
         super().__init__()
-        self.intermediate = nn.Linear(hidden_size, num_neurons)
+        self.intermediate = linear(hidden_size, num_neurons)
         self.activation = ACT2FN[activation]
-        self.output = nn.Linear(num_neurons, hidden_size)
+        self.output = linear(num_neurons, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shape (batch, seq, hidden) to the same."""
