@@ -57,5 +57,5 @@ def test_only_the_last_exit_is_evaluated_at_full_depth():
 
 
 def test_a_row_of_padding_is_refused_by_its_number():
-    with pytest.raises(ValueError, match="Row 1 .* all padding"):
+    with pytest.raises(ValueError, match=r"Row 1 .* all padding"):
         rows_of(torch.tensor([[1, 1], [0, 0]]))
