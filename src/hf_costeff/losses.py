@@ -110,7 +110,7 @@ def representation_loss(
     total = hidden_states[0].new_zeros((), dtype=torch.float32)
     batch, seq, hidden = hidden_states[0].shape
     if attention_mask is None:
-        attention_mask = hidden_states[0].new_ones(batch, seq)
+        attention_mask = hidden_states[0].new_ones(batch, seq, dtype=torch.float32)
     token_weights = attention_mask / (attention_mask.sum(dim=1, keepdim=True) * batch * hidden)
     for student, teacher in zip(hidden_states, teacher_hidden_states, strict=True):
         squared = (student.float() - teacher.float()).square()

@@ -242,7 +242,7 @@ def slenderize(
 
 
 def _select_heads(state: dict[str, Tensor], prefix: str, mask: Sequence[bool], head_size: int) -> None:
-    columns = torch.tensor(mask).repeat_interleave(head_size)
+    columns = torch.tensor(mask, dtype=torch.bool).repeat_interleave(head_size)
     rows = columns.repeat(3)
     state[prefix + "query_key_value.weight"] = state[prefix + "query_key_value.weight"][rows]
     state[prefix + "query_key_value.bias"] = state[prefix + "query_key_value.bias"][rows]
@@ -250,7 +250,7 @@ def _select_heads(state: dict[str, Tensor], prefix: str, mask: Sequence[bool], h
 
 
 def _select_neurons(state: dict[str, Tensor], prefix: str, mask: Sequence[bool]) -> None:
-    kept = torch.tensor(mask)
+    kept = torch.tensor(mask, dtype=torch.bool)
     state[prefix + "intermediate.weight"] = state[prefix + "intermediate.weight"][kept]
     state[prefix + "intermediate.bias"] = state[prefix + "intermediate.bias"][kept]
     state[prefix + "output.weight"] = state[prefix + "output.weight"][:, kept]
