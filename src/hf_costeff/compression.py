@@ -225,7 +225,8 @@ class Compression:
 
     def _settings(self) -> dict[str, Any]:
         arguments = dataclasses.asdict(self.arguments)
-        del arguments["output_dir"]
+        for name in ("output_dir", "max_metric_drop", "target_speedup"):
+            del arguments[name]
         data = self.data.summary()
         return {**arguments, "data": dataclasses.asdict(self.data_arguments), "rows": data["rows"]}
 
@@ -282,7 +283,6 @@ class Compression:
             latest = "representation"
         before_prediction = latest
         yield Stage("prediction", lambda: self._recover("prediction", before_prediction, self.recipe.prediction))
-        yield Stage("exits", self._choose_exits)
 
     # Stages
 
@@ -348,20 +348,6 @@ class Compression:
     def _recover(self, name: str, before: str, phase: Phase, **weights: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         best = weights.get("soft_label_weight", 1.0) > 0
         return self._distil(name, self._load(before), self._load("assistant"), phase, best=best, **weights)
-
-    def _choose_exits(self) -> tuple[PreTrainedModel, dict[str, Any]]:
-        model = self._load("prediction")
-        lengths = [len(ids) for ids in self.calibration["input_ids"]]
-        settings = calibrate(
-            model,
-            self.calibration,
-            self.collator,
-            metric=self.metric,
-            max_metric_drop=self.arguments.max_metric_drop,
-            target_speedup=self.arguments.target_speedup,
-            reference_flops=float(np.mean([stock_flops(self.teacher_config, length) for length in lengths])),
-        )
-        return model, settings.to_dict()
 
     # What stages share
 
@@ -514,14 +500,27 @@ class Compression:
 
     # The report
 
+    def _choose_exits(self, slim: PreTrainedModel) -> ExitConfig:
+        """The exit threshold for the goal, stored in the model. Quick, so no stage: another goal needs no new run."""
+        lengths = [len(ids) for ids in self.calibration["input_ids"]]
+        return calibrate(
+            slim,
+            self.calibration,
+            self.collator,
+            metric=self.metric,
+            max_metric_drop=self.arguments.max_metric_drop,
+            target_speedup=self.arguments.target_speedup,
+            reference_flops=float(np.mean([stock_flops(self.teacher_config, length) for length in lengths])),
+        )
+
     def _report(
         self, plan: CompressionPlan, stages: list[Stage], loaded_teacher: PreTrainedModel | None
     ) -> CompressionResult:
         teacher = loaded_teacher if loaded_teacher is not None else self._load("teacher")
-        assistant, slim = self._load("assistant"), self._load("exits")
+        assistant, slim = self._load("assistant"), self._load("prediction")
         for model in (teacher, assistant, slim):
             model.set_attn_implementation("sdpa")
-        settings = ExitConfig.from_dict(slim.config.exit_config)
+        settings = self._choose_exits(slim)
         records = {
             name: collect_exit_logits(model, self.data.validation, self.collator, description=f"Validating the {name}")
             for name, model in (("teacher", teacher), ("assistant", assistant), ("slim model", slim))

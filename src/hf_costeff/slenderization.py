@@ -348,7 +348,8 @@ def solve_widths(
     """The even widths that keep a budget and come closest to COST-EFF's proportions.
 
     The paper keeps heads, rank and neurons in the proportions 1 : 1 : 1/2 of what there was. These widths have the
-    largest smallest share, min(heads / all, rank / all, 2 * neurons / all), and among equals the largest product. For
+    largest smallest share, min(heads / all, rank / all, 2 * neurons / all) over what the caller has left open, and
+    among equals the largest product. For
     BERT-base at 1/8 of the parameters that is 2 heads, 240 neurons and rank 128; the paper's 2, 256 and 128 are 1/7.87.
     Neurons and rank are multiples of `multiple_of`.
 
@@ -392,8 +393,10 @@ def solve_widths(
         for rank in rank_choices:
             fitting = [n for n in neuron_choices if all(smallest[u](head, n, rank) <= limits[u] for u in limits)]
             if fitting:
-                shares = (head / heads, rank / full_rank, 2 * fitting[-1] / neurons)
-                kept = (min(shares), prod(shares))
+                given = (num_attention_heads, embedding_rank, intermediate_size)
+                parts = zip((head, rank, 2 * fitting[-1]), (heads, full_rank, neurons), given, strict=True)
+                shares = [part / whole for part, whole, value in parts if value is None]
+                kept = (min(shares, default=1.0), prod(shares))
                 if best is None or kept > best[0]:
                     best = (kept, widths(head, fitting[-1], rank))
     if best is None:
