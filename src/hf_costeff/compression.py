@@ -476,8 +476,9 @@ class Compression:
 
         def loss(model: CostEffForSequenceClassification, batch: dict[str, Tensor]) -> Tensor:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            signals = teacher.signals(inputs, hidden_states=True)
-            outputs = model(**inputs, output_hidden_states=True, gradient_equilibrium=False if uneven else None)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                signals = teacher.signals(inputs, hidden_states=True)
+                outputs = model(**inputs, output_hidden_states=True, gradient_equilibrium=False if uneven else None)
             labels = batch.get("labels")
             if labels is None:
                 labels = answers(signals.exit_logits[-1], kind)

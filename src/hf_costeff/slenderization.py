@@ -348,10 +348,9 @@ def solve_widths(
     """The even widths that keep a budget and come closest to COST-EFF's proportions.
 
     The paper keeps heads, rank and neurons in the proportions 1 : 1 : 1/2 of what there was. These widths have the
-    largest smallest share, min(heads / all, rank / all, 2 * neurons / all) over what the caller has left open, and
-    among equals the largest product. For
-    BERT-base at 1/8 of the parameters that is 2 heads, 240 neurons and rank 128; the paper's 2, 256 and 128 are 1/7.87.
-    Neurons and rank are multiples of `multiple_of`.
+    largest smallest share, min(heads / all, rank / all, 2 * neurons / all), over what the caller has left open, and
+    among equals the largest product. For BERT-base at 1/8 of the parameters that is 2 heads, 240 neurons and rank 128;
+    the paper's 2, 256 and 128 are 1/7.87. Neurons and rank are multiples of `multiple_of`.
 
     Args:
         config: The model at its present widths.
