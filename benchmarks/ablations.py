@@ -85,10 +85,10 @@ class Setting:
             ).train()
 
     def importance(self, exits: slice) -> Importance:
-        """Scores of the assistant's units, from the given exits, on 2,000 training rows."""
+        """Scores of the assistant's units, from the given exits, on 640 training rows."""
         model = copy.deepcopy(self.assistant).requires_grad_(True)
         teacher = Teacher(self.assistant, model.config)
-        rows = np.random.default_rng(self.seed).permutation(len(self.data.train))[:2000]
+        rows = np.random.default_rng(self.seed).permutation(len(self.data.train))[:640]
 
         def loss(scored: CostEffForSequenceClassification, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}

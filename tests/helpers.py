@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_costeff import CostEffConfig, CostEffForSequenceClassification
 
@@ -62,3 +66,54 @@ def random_batch(
 def select_rows(batch: dict[str, Tensor], rows: Any) -> dict[str, Tensor]:
     """The same rows of every tensor."""
     return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+WORDS = "a an the film story is was very good bad not but and dull bright slow plot cast music ends well badly".split()  # noqa: SIM905
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words of `WORDS`, in BERT's frame, for a vocabulary of `TINY["vocab_size"]`."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*special, *WORDS])}, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        **{"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=TINY["max_position_embeddings"],
+    )
+
+
+def tiny_bert(seed: int = 0, model_class: type = BertForSequenceClassification, **changes: Any) -> Any:
+    """A stock model of `tiny_config`'s size, three heads and 16 neurons in each of four layers, in eval mode."""
+    torch.manual_seed(seed)
+    sizes = {name: TINY[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")}
+    settings = {**sizes, "num_attention_heads": 3, "intermediate_size": 16, "num_labels": 3, **changes}
+    model = model_class(BertConfig(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def token_rows(count: int, seed: int = 0, num_labels: int = 3, longest: int = 9) -> Dataset:
+    """Rows of 2 to `longest` random tokens with class labels, not padded."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(2, longest + 1, (), generator=generator))
+        tokens = torch.randint(4, TINY["vocab_size"], (length,), generator=generator).tolist()
+        label = int(torch.randint(num_labels, (), generator=generator))
+        rows.append({"input_ids": tokens, "attention_mask": [1] * length, "labels": label})
+    return Dataset.from_list(rows)
+
+
+def sentence_rows(count: int, seed: int = 0, longest: int = 9) -> Dataset:
+    """Texts of random `WORDS`, no two alike, labelled by what they hold more of: good words (1) or others (0)."""
+    generator = random.Random(seed)
+    texts: dict[str, int] = {}
+    while len(texts) < count:
+        words = generator.choices(WORDS, k=generator.randint(4, longest))
+        texts[" ".join(words)] = int(sum(word in ("good", "bright", "well", "music") for word in words) > 0)
+    return Dataset.from_dict({"text": list(texts), "label": list(texts.values())})

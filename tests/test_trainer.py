@@ -1,0 +1,590 @@
+"""Training: the total loss and its gradients against plain sums, what is logged, resuming, and the teacher's part."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import disable_progress_bars
+from safetensors import safe_open
+from torch.nn import functional
+from transformers import DataCollatorWithPadding, EvalPrediction, HfArgumentParser, TrainerCallback
+
+import hf_costeff
+from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
+from hf_costeff import CostEffTrainer, CostEffTrainingArguments
+from hf_costeff.trainer import Teacher, newest_whole_checkpoint
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+COLLATOR = DataCollatorWithPadding(word_tokenizer())
+PARTS = ("task_loss", "soft_label_loss", "representation_loss")
+SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 1e9, "lr_scheduler_type": "constant", "max_steps": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    disable_progress_bars()
+
+
+def training_arguments(folder: Path, **changes) -> CostEffTrainingArguments:
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return CostEffTrainingArguments(output_dir=str(folder), **{**settings, **changes})
+
+
+def make_trainer(folder: Path, model=None, teacher=None, rows=None, trainer_options=None, **changes) -> CostEffTrainer:
+    return CostEffTrainer(
+        model if model is not None else tiny_model(),
+        training_arguments(folder, **changes),
+        teacher=teacher,
+        train_dataset=rows if rows is not None else token_rows(16),
+        eval_dataset=token_rows(10, seed=1),
+        data_collator=COLLATOR,
+        **(trainer_options or {}),
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(found: dict, expected: dict, **tolerance) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def batch_of(rows) -> dict[str, torch.Tensor]:
+    return dict(COLLATOR([rows[index] for index in range(len(rows))]))
+
+
+def plain_loss(model, teacher, batch, weights: dict[str, float], class_weights=None, smoothing=0.0) -> torch.Tensor:
+    """The joint objective written out: loops over exits, layers and rows."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ours = model(**inputs, output_hidden_states=True)
+    total = torch.zeros(())
+    for logits in ours.exit_logits:
+        cost = functional.cross_entropy(logits, batch["labels"], weight=class_weights, label_smoothing=smoothing)
+        total = total + weights["task_loss"] * cost
+    if teacher is None:
+        return total
+    with torch.no_grad():
+        theirs = teacher(**inputs, output_hidden_states=True)
+    targets = theirs.exit_logits if "exit_logits" in theirs else [theirs.logits] * len(ours.exit_logits)
+    for logits, target in zip(ours.exit_logits, targets, strict=True):
+        cost = -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+        total = total + weights["soft_label_loss"] * cost
+    lengths = inputs["attention_mask"].sum(1)
+    for mine, his in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        for row, length in enumerate(lengths):
+            distance = (mine[row, :length] - his[row, :length]).square().mean()
+            total = total + weights["representation_loss"] * distance / len(lengths)
+    return total
+
+
+# --- the total loss
+
+
+@pytest.mark.parametrize("kind", ["stock", "multi-exit"])
+def test_the_total_loss_is_the_weighted_sum_of_all_parts_over_all_exits_and_layers(kind, tmp_path):
+    model, teacher = tiny_model(), tiny_bert() if kind == "stock" else tiny_model(seed=7)
+    factors = {"task_weight": 0.3, "soft_label_weight": 2.0, "representation_weight": 0.7}
+    trainer = make_trainer(tmp_path, model, teacher, **factors)
+    batch = batch_of(token_rows(6))
+    expected = plain_loss(model, teacher, batch, dict(zip(PARTS, factors.values(), strict=True)))
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_without_a_teacher_the_loss_is_the_task_loss_of_every_exit(tmp_path):
+    model = tiny_model()
+    trainer, batch = make_trainer(tmp_path, model), batch_of(token_rows(6))
+    loss, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
+    expected = plain_loss(model, None, batch, {"task_loss": 1.0})
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(outputs.exit_logits) == 4 and outputs.hidden_states is None
+
+
+def test_with_a_teacher_true_labels_count_only_if_asked_for(tmp_path):
+    model, teacher, batch = tiny_model(), tiny_bert(), batch_of(token_rows(6))
+    trainer = make_trainer(tmp_path, model, teacher)
+    expected = plain_loss(model, teacher, batch, dict(zip(PARTS, (0.0, 1.0, 1.0), strict=True)))
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_class_weights_and_label_smoothing_act_on_the_true_labels(tmp_path):
+    model, batch = tiny_model(), batch_of(token_rows(8))
+    for settings, plain in (
+        ({"class_weights": [0.2, 3.0, 1.0]}, {"class_weights": torch.tensor([0.2, 3.0, 1.0])}),
+        ({"label_smoothing_factor": 0.3}, {"smoothing": 0.3}),
+    ):
+        trainer = make_trainer(tmp_path, model, **settings)
+        expected = plain_loss(model, None, batch, {"task_loss": 1.0}, **plain)
+        assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_temperature_divides_both_sides_of_the_soft_labels(tmp_path):
+    model, teacher, batch = tiny_model(), tiny_bert(), batch_of(token_rows(5))
+    trainer = make_trainer(tmp_path, model, teacher, representation_weight=0.0, temperature=3.0)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    target = (teacher(**inputs).logits / 3).softmax(-1)
+    expected = sum(-(target * (logits / 3).log_softmax(-1)).sum(-1).mean() for logits in model(**inputs).exit_logits)
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), [("regression", 1), ("multi_label_classification", 3)])
+def test_regression_and_multi_label_train_and_name_their_metrics(problem_type, num_labels, tmp_path):
+    def relabel(row):
+        value = float(row["labels"])
+        return {"targets": value if num_labels == 1 else [float(value > 0), float(value > 1), 1.0]}
+
+    rows = token_rows(12).map(relabel, remove_columns="labels").rename_column("targets", "labels")
+    model = tiny_model(num_labels=num_labels, problem_type=problem_type)
+    trainer = CostEffTrainer(
+        model,
+        training_arguments(tmp_path, max_steps=2),
+        teacher=tiny_bert(num_labels=num_labels),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=COLLATOR,
+    )
+    trainer.train()
+    names = set(trainer.evaluate())
+    metric = "spearman" if num_labels == 1 else "f1"
+    assert {f"eval_{metric}", f"eval_mean_exit_{metric}", f"eval_exit_1_{metric}"} <= names
+
+
+# --- gradients
+
+
+def plain_sgd_step(rows, teacher, factors) -> dict[str, torch.Tensor]:
+    """Weights after one step of gradient descent on all rows at once."""
+    model = tiny_model(**NO_DROPOUT).train()
+    plain_loss(model, teacher, batch_of(rows), factors).backward()
+    stepped = weights(model)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            stepped[name] -= SGD["learning_rate"] * parameter.grad
+    return stepped
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (2, 4)])
+def test_accumulation_gives_the_gradients_of_the_whole_batch(batch_size, accumulation, tmp_path):
+    rows, model, teacher = token_rows(8), tiny_model(**NO_DROPOUT), tiny_bert()
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        teacher,
+        rows,
+        task_weight=0.5,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        **SGD,
+    )
+    trainer.train()
+    expected = plain_sgd_step(rows, teacher, {"task_loss": 0.5, "soft_label_loss": 1.0, "representation_loss": 1.0})
+    assert_same_weights(weights(model), expected, rtol=1e-5, atol=1e-6)
+    start = weights(tiny_model(**NO_DROPOUT))
+    assert max((expected[name] - start[name]).abs().max() for name in start if start[name].numel()) > 1e-3
+
+
+TWO_PROCESSES = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import json, torch
+from accelerate import PartialState, debug_launcher
+
+def train(folder):
+    from test_trainer import NO_DROPOUT, SGD, make_trainer, tiny_bert, tiny_model, token_rows, weights
+    from pathlib import Path
+    torch.set_num_threads(1)
+    model = tiny_model(**NO_DROPOUT)
+    trainer = make_trainer(Path(folder), model, tiny_bert(), token_rows(8), task_weight=0.5, **SGD)
+    assert trainer.args.world_size == 2 and trainer.args.per_device_train_batch_size == 4
+    trainer.train()
+    if trainer.args.process_index == 0:
+        torch.save({"weights": weights(model), "log": trainer.state.log_history[0]}, f"{folder}/result.pt")
+
+debug_launcher(train, (sys.argv[1],), num_processes=2)
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    """Also with layers without heads or neurons: every parameter takes part, or DDP would complain."""
+    paths = [str(Path(__file__).parent), str(Path(hf_costeff.__file__).parents[1])]
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), *paths]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = torch.load(tmp_path / "result.pt")
+    rows, teacher = token_rows(8), tiny_bert()
+    expected = plain_sgd_step(rows, teacher, {"task_loss": 0.5, "soft_label_loss": 1.0, "representation_loss": 1.0})
+    assert_same_weights(found["weights"], expected, rtol=1e-5, atol=1e-6)
+    alone = make_trainer(
+        tmp_path / "one", tiny_model(**NO_DROPOUT), teacher, rows, task_weight=0.5, per_device_train_batch_size=8, **SGD
+    )
+    alone.train()
+    for part in PARTS:
+        assert found["log"][part] == pytest.approx(alone.state.log_history[0][part], abs=2e-4)
+
+
+# --- logs and metrics
+
+
+class Watch(TrainerCallback):
+    """Calls a function at the end of every step."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function(state.global_step, kwargs["model"])
+
+
+def test_every_loss_part_is_logged_by_name_as_its_mean_since_the_last_log(tmp_path):
+    teacher, rows = tiny_bert(), token_rows(8)
+    trainers = [
+        make_trainer(tmp_path, tiny_model(**NO_DROPOUT), teacher, rows, task_weight=0.5, logging_steps=every, seed=3)
+        for every in (1, 2)
+    ]
+    logs = []
+    for trainer in trainers:
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    assert [len(log) for log in logs] == [4, 2]
+    for entry in logs[0]:
+        total = 0.5 * entry["task_loss"] + entry["soft_label_loss"] + entry["representation_loss"]
+        assert entry["loss"] == pytest.approx(total, abs=5e-4)
+    for index, entry in enumerate(logs[1]):
+        for part in PARTS:
+            pair = [step[part] for step in logs[0][2 * index : 2 * index + 2]]
+            assert entry[part] == pytest.approx(sum(pair) / 2, abs=2e-4)
+
+
+def test_evaluating_does_not_touch_the_logged_training_parts(tmp_path):
+    silent, evaluating = (
+        make_trainer(tmp_path, tiny_model(**NO_DROPOUT), tiny_bert(), logging_steps=4, **settings)
+        for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1})
+    )
+    silent.train()
+    evaluating.train()
+    entries = [[entry for entry in t.state.log_history if "loss" in entry] for t in (silent, evaluating)]
+    assert [entry["soft_label_loss"] for entry in entries[0]] == [entry["soft_label_loss"] for entry in entries[1]]
+
+
+def test_every_exit_is_measured_by_name_with_the_mean_over_exits(tmp_path):
+    model = tiny_model(exit_layers=[2, 3, 4])
+    rows = token_rows(10, seed=1)
+    trainer = make_trainer(tmp_path, model, tiny_bert())
+    metrics = trainer.evaluate()
+    batch = batch_of(rows)
+    with torch.no_grad():
+        exits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).exit_logits
+    by_exit = [(logits.argmax(-1) == batch["labels"]).float().mean().item() for logits in exits]
+    for layer, expected in zip((2, 3, 4), by_exit, strict=True):
+        assert metrics[f"eval_exit_{layer}_accuracy"] == pytest.approx(expected)
+    assert metrics["eval_accuracy"] == pytest.approx(by_exit[-1])
+    assert metrics["eval_mean_exit_accuracy"] == pytest.approx(sum(by_exit) / 3)
+    assert "eval_exit_1_accuracy" not in metrics and math.isfinite(metrics["eval_loss"])
+
+
+def test_a_metric_of_the_users_own_is_computed_once_per_exit(tmp_path):
+    shapes = []
+
+    def metric(evaluation: EvalPrediction) -> dict[str, float]:
+        shapes.append((evaluation.predictions.shape, evaluation.label_ids.shape))
+        return {"mine": float(len(shapes))}
+
+    metrics = make_trainer(tmp_path, trainer_options={"compute_metrics": metric}).evaluate()
+    assert shapes == [((10, 3), (10,))] * 4
+    assert [metrics[f"eval_exit_{layer}_mine"] for layer in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert metrics["eval_mean_exit_mine"] == 2.5 and metrics["eval_mine"] == 4
+
+
+def test_predictions_are_the_last_exits(tmp_path):
+    model = tiny_model()
+    output = make_trainer(tmp_path, model, tiny_bert()).predict(token_rows(10, seed=1))
+    batch = batch_of(token_rows(10, seed=1))
+    with torch.no_grad():
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(torch.tensor(output.predictions), logits, rtol=1e-5, atol=1e-5)
+    assert output.label_ids.shape == (10,)
+
+
+def test_the_first_share_of_the_steps_trains_on_representations_alone(tmp_path):
+    """Exit heads get no gradient from hidden states, so they stand still until the phase is over."""
+    model, heads = tiny_model(**NO_DROPOUT), []
+    before = model.costeff.exits["4"].classifier.weight.detach().clone()
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        tiny_bert(),
+        representation_only_ratio=0.5,
+        trainer_options={
+            "callbacks": [
+                Watch(lambda step, now: heads.append(now.costeff.exits["4"].classifier.weight.detach().clone()))
+            ]
+        },
+        **{**SGD, "max_steps": 4},
+    )
+    trainer.train()
+    moved = [not torch.equal(head, before) for head in heads]
+    assert moved == [False, False, True, True]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logs[:2]:
+        assert entry["loss"] == pytest.approx(entry["representation_loss"], abs=5e-4)
+    for entry in logs[2:]:
+        assert entry["loss"] == pytest.approx(entry["representation_loss"] + entry["soft_label_loss"], abs=5e-4)
+
+
+@pytest.mark.parametrize(("ratio", "moves"), [(0.0, True), (1.0, False)])
+def test_the_phase_may_be_empty_or_everything(ratio, moves, tmp_path):
+    model = tiny_model(**NO_DROPOUT)
+    before = model.costeff.exits["1"].classifier.weight.detach().clone()
+    make_trainer(tmp_path, model, tiny_bert(), representation_only_ratio=ratio, **{**SGD, "max_steps": 2}).train()
+    assert torch.equal(model.costeff.exits["1"].classifier.weight, before) is not moves
+
+
+# --- resuming
+
+
+RESUMED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "logging_steps": 3, "lr_scheduler_type": "linear"}
+
+
+class Interrupted(Exception):
+    """A run that is stopped in the middle."""
+
+
+def run_until(folder: Path, step: int) -> None:
+    def stop(now, model):
+        if now == step:
+            raise Interrupted
+
+    trainer = make_trainer(folder, tiny_model(), tiny_bert(), trainer_options={"callbacks": [Watch(stop)]}, **RESUMED)
+    with pytest.raises(Interrupted):
+        trainer.train()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Weights after eight steps with dropout, in one go."""
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"), tiny_model(), tiny_bert(), **RESUMED)
+    trainer.train()
+    return weights(trainer.model)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Path:
+    """A run stopped after its seventh step: checkpoints 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    run_until(folder, 7)
+    return folder
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGES = {
+    "none": lambda folder: None,
+    "truncated weights": lambda folder: truncate(folder / "model.safetensors"),
+    "one changed byte": lambda folder: (folder / "optimizer.pt").write_bytes(
+        bytes([1, *(folder / "optimizer.pt").read_bytes()[1:]])
+    ),
+    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "no checksums: killed while writing": lambda folder: (folder / "checksums.json").unlink(),
+    "empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(damage, uninterrupted, interrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    DAMAGES[damage](folder / "checkpoint-6")
+    newest = newest_whole_checkpoint(folder)
+    assert newest == str(folder / ("checkpoint-6" if damage == "none" else "checkpoint-4"))
+    steps: list[int] = []
+    trainer = make_trainer(
+        folder,
+        tiny_model(seed=5),  # its own weights do not matter
+        tiny_bert(),
+        trainer_options={"callbacks": [Watch(lambda step, model: steps.append(step))]},
+        **RESUMED,
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert steps == ([7, 8] if damage == "none" else [5, 6, 7, 8])
+    assert_same_weights(weights(trainer.model), uninterrupted)
+
+
+def test_with_every_checkpoint_damaged_a_run_starts_afresh(uninterrupted, interrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    for checkpoint in folder.glob("checkpoint-*"):
+        truncate(checkpoint / "model.safetensors")
+    assert newest_whole_checkpoint(folder) is None
+    trainer = make_trainer(folder, tiny_model(), tiny_bert(), **RESUMED)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(trainer.model), uninterrupted)
+
+
+def test_the_newest_checkpoint_is_told_by_number_and_other_folders_do_not_count(interrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    shutil.copytree(folder / "checkpoint-6", folder / "checkpoint-10")
+    (folder / "checkpoint-best").mkdir()
+    assert newest_whole_checkpoint(folder) == str(folder / "checkpoint-10")
+    assert newest_whole_checkpoint(tmp_path / "nowhere") is None
+
+
+# --- the teacher
+
+
+def test_the_teacher_is_frozen_in_eval_mode_unchanged_and_in_no_checkpoint(tmp_path):
+    model, teacher = tiny_model(), tiny_bert().train()
+    before = weights(teacher)
+    trainer = make_trainer(tmp_path, model, teacher, save_strategy="steps", save_steps=2)
+    modes = []
+    teacher.register_forward_hook(lambda module, *_: modes.append(module.training))
+    trainer.train()
+    assert modes and not any(modes)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert_same_weights(weights(teacher), before)
+    checkpoint = tmp_path / "checkpoint-4"
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+    assert sorted(path.name for path in checkpoint.glob("*.safetensors")) == ["model.safetensors"]
+    optimized = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    assert len(optimized) == len(list(model.parameters()))
+    assert "teacher" not in json.loads((checkpoint / "config.json").read_text())
+
+
+def test_unlabelled_rows_train_on_soft_labels_and_representations(tmp_path):
+    rows = token_rows(8)
+    unlabelled = make_trainer(
+        tmp_path, tiny_model(**NO_DROPOUT), tiny_bert(), rows.remove_columns("labels"), max_steps=2
+    )
+    labelled = make_trainer(tmp_path, tiny_model(**NO_DROPOUT), tiny_bert(), rows, max_steps=2)
+    for trainer in (unlabelled, labelled):
+        trainer.train()
+    assert_same_weights(weights(unlabelled.model), weights(labelled.model))
+    logged = next(entry for entry in unlabelled.state.log_history if "loss" in entry)
+    assert {"soft_label_loss", "representation_loss"} <= set(logged) and "task_loss" not in logged
+
+
+def test_neither_labels_nor_teacher_is_a_clear_error(tmp_path):
+    trainer = make_trainer(tmp_path, rows=token_rows(8).remove_columns("labels"))
+    with pytest.raises(ValueError, match="Nothing to learn from: the rows have no `labels` and there is no teacher"):
+        trainer.train()
+
+
+def test_a_teacher_of_other_labels_or_width_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="The teacher has 2 labels and the student 3"):
+        make_trainer(tmp_path, tiny_model(), tiny_bert(num_labels=2))
+    wide = {"hidden_size": 24, "num_attention_heads": 3}
+    with pytest.raises(ValueError, match=r"hidden size is 24 and the student's is 12.*representation_weight=0"):
+        make_trainer(tmp_path, tiny_model(), tiny_bert(**wide))
+    trainer = make_trainer(tmp_path, tiny_model(), tiny_bert(**wide), representation_weight=0, max_steps=1)
+    trainer.train()
+    assert "representation_loss" not in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "exit_layers", "hidden", "exits"),
+    [
+        (4, [1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3]),
+        (4, [2, 4], [0, 1, 2, 3, 4], [1, 3]),
+        (2, [1, 2], [0, 2, 4], [1, 3]),
+        (1, [1], [0, 4], [3]),
+        (3, [1, 2, 3], [0, 1, 3, 4], [0, 2, 3]),
+    ],
+)
+def test_a_students_layers_and_exits_answer_to_the_teachers_at_the_same_relative_depth(
+    layers, exit_layers, hidden, exits
+):
+    widths = {"num_hidden_layers": layers, "num_attention_heads": 1, "intermediate_size": 4}
+    student = tiny_model(exit_layers=exit_layers, **widths)
+    teacher = tiny_model(seed=3)
+    batch = batch_of(token_rows(4))
+    signals = Teacher(teacher, student.config).signals(batch, hidden_states=True)
+    with torch.no_grad():
+        outputs = teacher(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    for found, expected in zip(signals.hidden_states, (outputs.hidden_states[index] for index in hidden), strict=True):
+        assert torch.equal(found, expected)
+    for found, expected in zip(signals.exit_logits, (outputs.exit_logits[index] for index in exits), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_multi_exit_teacher_without_an_exit_there_teaches_by_its_next_deeper_one():
+    student, teacher = tiny_model(), tiny_model(seed=3, exit_layers=[2, 4])
+    batch = batch_of(token_rows(4))
+    signals = Teacher(teacher, student.config).signals(batch, hidden_states=False)
+    with torch.no_grad():
+        first, last = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).exit_logits
+    for found, expected in zip(signals.exit_logits, (first, first, last, last), strict=True):
+        assert torch.equal(found, expected)
+    assert signals.hidden_states == ()
+
+
+def test_a_stock_teachers_one_answer_teaches_every_exit_and_its_inputs_may_hold_more_than_it_takes():
+    student, teacher = tiny_model(exit_layers=[1, 4]), tiny_bert()
+    batch = batch_of(token_rows(4))
+    signals = Teacher(teacher, student.config).signals({**batch, "unknown": torch.zeros(1)}, hidden_states=True)
+    with torch.no_grad():
+        logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert len(signals.exit_logits) == 2 and len(signals.hidden_states) == 5
+    assert all(torch.equal(found, logits) for found in signals.exit_logits)
+    assert not any(tensor.requires_grad for tensor in (*signals.exit_logits, *signals.hidden_states))
+
+
+def test_bf16_training_stays_close_to_single_precision(tmp_path):
+    losses = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tmp_path, tiny_model(**NO_DROPOUT), tiny_bert(), task_weight=1.0, bf16=bf16, **SGD)
+        trainer.train()
+        losses.append(trainer.state.log_history[0])
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    for part in PARTS:
+        assert losses[1][part] == pytest.approx(losses[0][part], rel=0.05)
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task_weight": -1.0}, "`task_weight` is -1.0"),
+        ({"soft_label_weight": math.nan}, "`soft_label_weight` is nan"),
+        ({"representation_weight": -0.1}, "`representation_weight` is -0.1"),
+        ({"representation_only_ratio": 1.5}, r"`representation_only_ratio` is 1.5. It must lie in 0\.\.1"),
+        ({"temperature": 0.0}, "`temperature` is 0.0. It must be above 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        training_arguments(tmp_path, **settings)
+
+
+def test_class_weights_need_one_entry_per_label(tmp_path):
+    with pytest.raises(ValueError, match="`class_weights` has 2 entries for 3 labels"):
+        make_trainer(tmp_path, class_weights=[1.0, 2.0])
+
+
+def test_the_arguments_are_command_line_flags(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--task_weight", "0.5", "--class_weights", "1", "2", "--temperature", "2"]
+    (arguments,) = HfArgumentParser(CostEffTrainingArguments).parse_args_into_dataclasses(flags)
+    assert (arguments.task_weight, arguments.class_weights, arguments.temperature) == (0.5, [1.0, 2.0], 2.0)
