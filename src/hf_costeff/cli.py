@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 
 from .compression import Compression
 from .compression_args import CompressionArguments
-from .data import DataArguments, make_collator, prepare_data
+from .data import DataArguments, make_collator, prepare_split
 from .evaluation import calibrate
 from .modeling_costeff import CostEffForSequenceClassification
 
@@ -40,6 +40,7 @@ class CalibrationArguments:
     """What `hf-costeff calibrate` is asked for: a model, and exactly one goal."""
 
     model: str = field(metadata={"help": "A multi-exit model: a local folder, or a Hub id with --output_dir."})
+    split: str = field(default="validation", metadata={"help": "Split to choose on; rows that no training saw."})
     output_dir: str | None = field(default=None, metadata={"help": "Where to save. Default: the model's folder."})
     metric: str | None = field(default=None, metadata={"help": "What may drop. Default: by problem type."})
     max_metric_drop: float | None = field(default=None, metadata={"help": "Points the metric may lose."})
@@ -47,9 +48,12 @@ class CalibrationArguments:
 
 
 def run_calibrate(arguments: Sequence[str]) -> str:
-    """`hf-costeff calibrate`: choose the exit threshold on the calibration rows and save it with the model."""
+    """`hf-costeff calibrate`: choose the exit threshold on rows that no training saw, and save it in the model."""
     parser = HfArgumentParser([CalibrationArguments, DataArguments], prog="hf-costeff calibrate")
-    wanted, data_arguments = parser.parse_args_into_dataclasses(list(arguments))
+    words = list(arguments)
+    if words and not words[0].startswith("-"):  # the model may come first, without its flag
+        words.insert(0, "--model")
+    wanted, data_arguments = parser.parse_args_into_dataclasses(words)
     model = AutoModelForSequenceClassification.from_pretrained(wanted.model)
     if not isinstance(model, CostEffForSequenceClassification):
         raise ValueError(
@@ -58,10 +62,10 @@ def run_calibrate(arguments: Sequence[str]) -> str:
         )
     tokenizer = AutoTokenizer.from_pretrained(wanted.model)
     longest = model.config.max_position_embeddings - model.config.position_offset
-    data = prepare_data(data_arguments, tokenizer, teacher_config=model.config, max_positions=longest)
+    rows = prepare_split(data_arguments, wanted.split, tokenizer, config=model.config, max_positions=longest)
     settings = calibrate(
         model,
-        data.calibration,
+        rows,
         make_collator(tokenizer),
         metric=wanted.metric,
         max_metric_drop=wanted.max_metric_drop,

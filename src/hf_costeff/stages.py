@@ -37,7 +37,7 @@ class StageStore:
         wanted = json.loads(json.dumps(settings))
         if run_file.exists():
             self._check_same_run(json.loads(run_file.read_text()), wanted)
-        elif self.output_dir.exists() and any(self.output_dir.iterdir()):
+        elif self._holds_other_files():
             raise ValueError(
                 f"The output folder {self.output_dir} is not empty and holds no run to go on with. "
                 "Choose another output_dir, or empty it."
@@ -47,6 +47,11 @@ class StageStore:
             draft = run_file.with_suffix(".draft")
             draft.write_text(json.dumps(wanted, indent=1))
             draft.rename(run_file)
+
+    def _holds_other_files(self) -> bool:
+        """Whether there is anything but what a run leaves that was killed before it wrote its settings."""
+        own = (self.folder, (self.folder / RUN_FILE).with_suffix(".draft"))
+        return self.output_dir.exists() and any(path not in own for path in self.output_dir.rglob("*"))
 
     def _check_same_run(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]

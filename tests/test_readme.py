@@ -1,0 +1,113 @@
+"""The README and the pages of docs/ tell the truth: their code runs, their links lead somewhere, their flags exist."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import hf_costeff
+from hf_costeff.compression_args import CompressionArguments
+from hf_costeff.data import DataArguments
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)|!\[[^\]]*\]\((?P<image>[^)\s]+)\)")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]*)")
+
+sys.path.insert(0, str(ROOT / "docs"))
+make_reference = importlib.import_module("make_reference")
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, info: str) -> list[str]:
+    """Fenced blocks with exactly this info string, in order, without the indent of a list they may stand in."""
+    return [textwrap.dedent(m["body"]) for m in FENCE.finditer(page.read_text()) if m["info"].strip() == info]
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return FENCE.sub("", page.read_text())
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for number, block in enumerate(blocks(page, "python"), start=1):
+        exec(compile(block, f"{page_name(page)}, python block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python no-run")], ids=page_name)
+def test_code_that_needs_the_hub_names_only_what_is_there(page):
+    """It is not run, but it parses, its imports from the package exist, and so do the options of `compress`."""
+    options = {item.name for kind in (CompressionArguments, DataArguments) for item in dataclasses.fields(kind)}
+    for block in blocks(page, "python no-run"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_costeff":
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "compress":
+                assert {keyword.arg for keyword in node.keywords} <= options | {"processing_class"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_a_code_block_says_what_it_is(page):
+    known = {"python", "python no-run", "console", "bibtex", "json", "text"}
+    assert {match["info"].strip() for match in FENCE.finditer(page.read_text())} <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_relative_link_leads_somewhere(page):
+    for match in LINK.finditer(prose(page)):
+        target = match["target"] or match["image"]
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page_name(page)} links to {target}, which is not there."
+        if anchor:
+            assert anchor in anchors(file), f"{page_name(page)} links to {target}, and there is no such heading."
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def flags_of(command: str) -> set[str]:
+    return {flag.lstrip("-") for action in make_reference.parser_of(command)._actions for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_flag_named_in_a_page_exists(page):
+    """A command line names flags of its own command; running text may name those of any."""
+    flags = {command: flags_of(command) for command in hf_costeff.cli.COMMANDS}
+    for block in blocks(page, "console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = line.removeprefix("$ ").split()
+            if words[:1] == ["hf-costeff"] and not words[1].startswith("<"):
+                assert words[1] in flags, line
+                assert set(FLAG.findall(line)) <= flags[words[1]], line
+    named = set(FLAG.findall("\n".join(re.findall(r"`[^`\n]+`", prose(page)))))
+    assert named <= set().union(*flags.values(), OTHER_FLAGS), page_name(page)
+
+
+OTHER_FLAGS = {"flags", "task", "data", "models", "run", "steps", "seeds"}  # the benchmarks' own
+
+
+def test_the_readme_names_the_two_commands_and_the_row_for_results():
+    text = (ROOT / "README.md").read_text()
+    assert "make demo" in text and "make test" in text
+    assert "<!-- results:sst2" in text
