@@ -2,8 +2,8 @@
 
     python examples/compress_checkpoint.py --teacher org/my-finetuned-bert --train_file train.csv --output_dir slim
 
-The columns are found by their usual names; `--text_columns` and `--label_column` name others. An interrupted run goes on
-when it is started again. `hf-costeff compress` does the same from the command line.
+The columns are found by their usual names; `--text_columns` and `--label_column` name others. An interrupted run goes
+on when it is started again. `hf-costeff compress` does the same from the command line.
 """
 
 from __future__ import annotations

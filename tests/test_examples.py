@@ -35,10 +35,10 @@ def teacher(tmp_path):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
+        hidden_size=32,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
+        num_attention_heads=4,
+        intermediate_size=64,
         max_position_embeddings=64,
         id2label=dict(enumerate(LABEL_NAMES)),
         label2id={name: index for index, name in enumerate(LABEL_NAMES)},

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import hf_costeff
+from hf_costeff import cli
 from hf_costeff.compression_args import CompressionArguments
 from hf_costeff.data import DataArguments
 
@@ -93,7 +93,7 @@ def flags_of(command: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_flag_named_in_a_page_exists(page):
     """A command line names flags of its own command; running text may name those of any."""
-    flags = {command: flags_of(command) for command in hf_costeff.cli.COMMANDS}
+    flags = {command: flags_of(command) for command in cli.COMMANDS}
     for block in blocks(page, "console"):
         for line in block.replace("\\\n", " ").splitlines():
             words = line.removeprefix("$ ").split()

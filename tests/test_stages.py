@@ -117,7 +117,7 @@ def test_a_run_killed_before_it_wrote_its_settings_starts_anew(left, tmp_path):
     [
         lambda folder: (folder / "weights.bin").write_bytes(b"1234"),
         lambda folder: (folder / "weights.bin").unlink(),
-        lambda folder: (folder / "stage.json").write_text("{}"),
+        lambda folder: (folder / "stage.json").write_text('{"steps": 4}'),
         lambda folder: (folder / "checksums.json").unlink(),
     ],
 )

@@ -25,6 +25,7 @@ from .slenderization import SlenderizationPlan, slenderize
 
 if TYPE_CHECKING:
     from .compression import compress
+    from .evaluation import calibrate
     from .trainer import CostEffTrainer
     from .training_args import CostEffTrainingArguments
 
@@ -42,6 +43,7 @@ __all__ = [
     "MarginCriterion",
     "PatienceCriterion",
     "SlenderizationPlan",
+    "calibrate",
     "compress",
     "convert_from_stock",
     "slenderize",
@@ -51,7 +53,12 @@ AutoConfig.register(CostEffConfig.model_type, CostEffConfig, exist_ok=True)
 AutoModel.register(CostEffConfig, CostEffModel, exist_ok=True)
 AutoModelForSequenceClassification.register(CostEffConfig, CostEffForSequenceClassification, exist_ok=True)
 
-_ON_FIRST_USE = {"compress": "compression", "CostEffTrainer": "trainer", "CostEffTrainingArguments": "training_args"}
+_ON_FIRST_USE = {
+    "calibrate": "evaluation",
+    "compress": "compression",
+    "CostEffTrainer": "trainer",
+    "CostEffTrainingArguments": "training_args",
+}
 
 
 def __getattr__(name: str) -> Any:

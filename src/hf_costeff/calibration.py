@@ -15,7 +15,7 @@ from torch import Tensor
 from .configuration_costeff import CostEffConfig
 from .efficiency import full_depth_flops, mean_flops
 from .exit_criteria import REGRESSION, ExitConfig, simulate_exits
-from .metrics import METRICS, check_metric
+from .metrics import LOWER_IS_BETTER, METRICS, check_metric
 
 NO_EXITS: list[int] | None = []
 THRESHOLDS = tuple(step / 200 for step in range(201))
@@ -100,8 +100,11 @@ def candidate_settings(records: ExitLogits, problem_type: str) -> list[ExitConfi
     if problem_type != REGRESSION:
         return [ExitConfig(threshold=threshold) for threshold in THRESHOLDS]
     changes = (records.logits[:, 1:] - records.logits[:, :-1]).abs().flatten().double()
-    tolerances = [0.0, *torch.quantile(changes, torch.linspace(0.005, 1.0, 200, dtype=torch.float64)).tolist()]
-    return [ExitConfig("patience", patience=1, tolerance=tolerance) for tolerance in sorted(set(tolerances))]
+    tolerances = {0.0}
+    if changes.numel():  # the last is past the largest change, because a change must be below the tolerance
+        quantiles = torch.quantile(changes, torch.linspace(0.005, 1.0, 200, dtype=torch.float64))
+        tolerances |= {*quantiles.tolist(), 1.01 * float(changes.max())}
+    return [ExitConfig("patience", patience=1, tolerance=tolerance) for tolerance in sorted(tolerances)]
 
 
 def exit_curve(records: ExitLogits, config: CostEffConfig, metric: str) -> list[ExitOutcome]:
@@ -156,7 +159,7 @@ def choose_exit_config(
     for settings in candidates:
         outcome = exit_outcome(records, settings, config, metric)
         if max_metric_drop is not None:
-            if 100 * (full.metric - outcome.metric) > max_metric_drop + 1e-9:
+            if 100 * worse_by(full.metric, outcome.metric, metric) > max_metric_drop + 1e-9:
                 break
             chosen, seen = settings, outcome
         else:
@@ -181,6 +184,15 @@ def choose_exit_config(
         "speedup_over_full_depth": seen.speedup,
     }
     return dataclasses.replace(chosen, calibration=record)
+
+
+def worse_by(before: float, after: float, metric: str) -> float:
+    """How much of a metric was lost, positive if it is worse than before, also where less is better.
+
+    >>> worse_by(0.5, 0.75, "mse"), worse_by(0.5, 0.75, "accuracy")
+    (0.25, -0.25)
+    """
+    return after - before if metric in LOWER_IS_BETTER else before - after
 
 
 def _check_goal(records: ExitLogits, max_metric_drop: float | None, target_speedup: float | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
-from .compression import Compression
+from .compression import Compression, load_config
 from .compression_args import CompressionArguments
 from .data import DataArguments, make_collator, prepare_split
 from .evaluation import calibrate
@@ -40,7 +40,9 @@ class CalibrationArguments:
     """What `hf-costeff calibrate` is asked for: a model, and exactly one goal."""
 
     model: str = field(metadata={"help": "A multi-exit model: a local folder, or a Hub id with --output_dir."})
-    split: str = field(default="validation", metadata={"help": "Split to choose on; rows that no training saw."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split to choose on, of rows that no training saw. Not needed with a file."}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Where to save. Default: the model's folder."})
     metric: str | None = field(default=None, metadata={"help": "What may drop. Default: by problem type."})
     max_metric_drop: float | None = field(default=None, metadata={"help": "Points the metric may lose."})
@@ -54,6 +56,7 @@ def run_calibrate(arguments: Sequence[str]) -> str:
     if words and not words[0].startswith("-"):  # the model may come first, without its flag
         words.insert(0, "--model")
     wanted, data_arguments = parser.parse_args_into_dataclasses(words)
+    load_config(wanted.model)
     model = AutoModelForSequenceClassification.from_pretrained(wanted.model)
     if not isinstance(model, CostEffForSequenceClassification):
         raise ValueError(
@@ -62,7 +65,13 @@ def run_calibrate(arguments: Sequence[str]) -> str:
         )
     tokenizer = AutoTokenizer.from_pretrained(wanted.model)
     longest = model.config.max_position_embeddings - model.config.position_offset
-    rows = prepare_split(data_arguments, wanted.split, tokenizer, config=model.config, max_positions=longest)
+    split = wanted.split or ("validation" if data_arguments.validation_file else None)
+    if split is None:
+        raise ValueError(
+            "No rows to choose on are named. Give --split, of rows that no training saw and no report is made on, or "
+            "--validation_file."
+        )
+    rows = prepare_split(data_arguments, split, tokenizer, config=model.config, max_positions=longest)
     settings = calibrate(
         model,
         rows,
@@ -110,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sys.stdout.write(COMMANDS[words[0]][0](words[1:]) + "\n")
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
-        sys.stderr.write(f"hf-costeff {words[0]}: {error}\n")
+        strict = isinstance(error, StrictDataclassError) and error.__cause__ is not None
+        sys.stderr.write(f"hf-costeff {words[0]}: {error.__cause__ if strict else error}\n")
         return 1
     return 0

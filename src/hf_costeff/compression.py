@@ -147,7 +147,7 @@ class Compression:
         self.dataset = dataset
         self.given_teacher = teacher
         self.processing_class = processing_class
-        self.teacher_config = teacher.config if teacher is not None else load_teacher_config(arguments.teacher)
+        self.teacher_config = teacher.config if teacher is not None else load_config(arguments.teacher)
         self.full_config = convert_config(self.teacher_config, exit_layers=arguments.exit_layers)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = {"auto": _bf16_pays(self.device), "fp32": False, "bf16": True}[arguments.precision]
@@ -199,8 +199,8 @@ class Compression:
         self._set_labels(self.full_config)
         plan = self.plan()
         self.recipe: Recipe = RECIPES[self.arguments.recipe](len(self.data.train), max(plan.widths.num_attention_heads))
-        self.store = StageStore(self.arguments.output_dir, self._settings())
         stages = list(self._stages(plan.widths, loaded_teacher))
+        self.store = StageStore(self.arguments.output_dir, self._settings())
         for stage in (bar := tqdm(stages, desc="Stages")):
             bar.set_postfix_str(stage.name)
             if not self.store.is_finished(stage.name):
@@ -548,7 +548,7 @@ class Compression:
         return result
 
 
-def load_teacher_config(name: str) -> PreTrainedConfig:
+def load_config(name: str) -> PreTrainedConfig:
     """The config of a checkpoint.
 
     Raises:
@@ -558,7 +558,7 @@ def load_teacher_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The teacher {name!r} cannot be loaded: {error} Give a Hub id, or a local folder with a config.json."
+            f"The checkpoint {name!r} cannot be loaded: {error} Give a Hub id, or a local folder with a config.json."
         ) from error
 
 

@@ -82,6 +82,16 @@ class CompressionArguments:
         )
         if all(target is None for target in targets):
             self.compression = 8.0
+        for name in ("events", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}. It must be at least 1; leave it out for the recipe's.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` is {self.seed}. It must be 0 or more.")
+        if self.max_metric_drop is not None and not self.max_metric_drop >= 0:
+            raise ValueError(f"`max_metric_drop` is {self.max_metric_drop}. It must be 0 or more, in points.")
+        if self.target_speedup is not None and not self.target_speedup > 0:
+            raise ValueError(f"`target_speedup` is {self.target_speedup}. It must be above 0.")
         if self.max_metric_drop is not None and self.target_speedup is not None:
             raise ValueError(
                 "Both `max_metric_drop` and `target_speedup` are given. Choose the threshold by one of them."

@@ -76,7 +76,7 @@ class DataArguments:
     )
     calibration_rows: int | None = field(
         default=None,
-        metadata={"help": "Rows to cut for calibration. Default: 10% of train, at least 200 and at most 2000."},
+        metadata={"help": "Rows to cut for calibration. Default: a tenth of train, at least 200 and at most 2000."},
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens per row, longer rows are cut. Default: what the model can take."}
@@ -422,6 +422,8 @@ def _read_file(path: str) -> Dataset:
         dataset = datasets.load_dataset(builder, data_files={"train": [path]}, split="train", **options)
     except Exception as error:  # the readers raise whatever their parser raises
         reason = error.__cause__ or error
+        if "corresponds to no data" in str(reason):
+            raise ValueError(f"The file {path!r} has no rows. Give a file with at least one row.") from error
         raise ValueError(
             f"The file {path!r} cannot be read as {suffix[1:]}: {reason}. Correct or rename it."
         ) from error

@@ -124,7 +124,7 @@ def layer_flops(config: CostEffConfig, layer: int, seq_length: int) -> int:
 
 
 def exit_head_flops(config: CostEffConfig) -> int:
-    """FLOPs of one row in one exit head, which looks at the first token only."""
+    """FLOPs of one row in one exit head: one vector through the classifier; pooling adds no multiplications."""
     return FLOPS_PER_MAC * config.hidden_size * (config.num_labels or 0)
 
 

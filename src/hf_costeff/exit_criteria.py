@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -402,7 +403,7 @@ class ExitConfig:
             return stored
         if isinstance(early_exit, cls):
             return early_exit
-        if isinstance(early_exit, (int, float)):
+        if isinstance(early_exit, Real):
             threshold = min(float(early_exit), 1.0)
             if stored is None:
                 return cls(threshold=threshold)

@@ -102,8 +102,8 @@ class StageStore:
         path = self.folder / name
         if not is_whole(path):
             raise ValueError(
-                f"The finished stage {path} is damaged: its files do not match {CHECKSUMS}. Delete this folder and run "
-                "the same command again; the stages before it are kept."
+                f"The finished stage {path} is damaged: its files do not match {CHECKSUMS}. Delete this folder and "
+                "those of the stages after it, and run the same command again; the stages before it are kept."
             )
         return path
 

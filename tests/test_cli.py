@@ -1,0 +1,193 @@
+"""The command line: help, the plan without training, calibration of a saved model, and errors with their status."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import disable_progress_bars
+from transformers import AutoModelForSequenceClassification, GPT2Config
+
+from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
+from hf_costeff import ExitConfig
+from hf_costeff.cli import COMMANDS, main
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def cache_in_the_tests_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def wide_bert():
+    return tiny_bert(num_labels=2, hidden_size=32, num_attention_heads=4, intermediate_size=128)
+
+
+@pytest.fixture
+def teacher(tmp_path) -> str:
+    """A folder with a config and no weights: a plan needs nothing else."""
+    wide_bert().config.save_pretrained(tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+# --- help and mistakes in the call
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"]])
+def test_help_lists_the_commands(words, capsys):
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and all(command in out for command in COMMANDS)
+
+
+def test_without_a_command_the_usage_is_shown_and_the_call_counts_as_a_mistake(capsys):
+    assert main([]) == 2
+    assert "usage: hf-costeff" in "".join(capsys.readouterr())
+
+
+def test_an_unknown_command_is_named_and_the_known_ones_listed(capsys):
+    assert main(["compres"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "unknown command 'compres'" in err and "calibrate" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_lists_its_flags(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"hf-costeff {command}" in out and "--output_dir" in out and "--calibration_split" in out
+
+
+def test_a_missing_flag_is_a_mistake_in_the_call(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compress", "--output_dir", "x"])
+    assert stop.value.code == 2 and "--teacher" in capsys.readouterr().err
+
+
+# --- the plan
+
+
+def test_a_dry_run_prints_the_plan_from_the_config_alone_and_writes_nothing(teacher, tmp_path, capsys):
+    out_dir = tmp_path / "slim"
+    words = ["compress", "--teacher", teacher, "--output_dir", str(out_dir), "--compression", "2", "--dry_run"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    total = sum(parameter.numel() for parameter in wide_bert().parameters())
+    lines = {line[:19].strip(): line[19:] for line in out.strip().splitlines()}
+    assert list(lines) == [
+        *("heads per layer", "neurons per layer", "embedding rank", "parameters", "FLOPs, 128 tokens", "weights file")
+    ]
+    slim = int(lines["parameters"].split()[0].replace(",", ""))
+    assert lines["parameters"] == f"{slim:,} of {total:,} ({total / slim:.2f}x smaller)"
+    assert 0.3 * total < slim <= total / 2
+    assert lines["weights file"] == f"{4 * slim / 1e6:.1f} MB (float32)"
+    assert not out_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--compression", "1000"], ["cannot be reached: the smallest possible is", "Ask for less compression"]),
+        (["--compression", "0.5"], ["`compression` is 0.5. It must be at least 1"]),
+        (["--num_attention_heads", "14"], ["Cannot keep 14 attention heads in layer 1: it has 4"]),
+        (["--embedding_rank", "0"], ["`embedding_rank` is 0. It must lie in 1..32"]),
+        (["--recipe", "slow"], ["`recipe` is 'slow'. It must be one of fast, paper"]),
+        (["--allocation", "odd"], ["`allocation` is 'odd'. It must be one of uniform, uneven"]),
+        (["--precision", "fp8"], ["`precision` is 'fp8'"]),
+        (["--exit_pooling", "max"], ["`exit_pooling` is 'max'"]),
+        (["--exit_layers", "1", "9"], ["`exit_layers` is [1, 9]"]),
+        (["--max_metric_drop", "1", "--target_speedup", "2"], ["Both `max_metric_drop` and `target_speedup`"]),
+        (["--colour", "red"], ["--colour"]),
+    ],
+)
+def test_errors_go_to_stderr_in_one_message_with_status_1(flags, words, teacher, capsys):
+    status = main(["compress", "--teacher", teacher, "--output_dir", "never", "--dry_run", *flags])
+    out, err = capsys.readouterr()
+    assert status == 1 and out == ""
+    assert err.startswith("hf-costeff compress: ") and "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_a_teacher_that_is_not_there_or_no_encoder_is_an_error(tmp_path, capsys):
+    GPT2Config(n_layer=1, n_head=2, n_embd=8).save_pretrained(tmp_path / "gpt2")
+    for name, words in (
+        (tmp_path / "gpt2", "type 'gpt2'. Supported are encoders"),
+        (tmp_path / "none", "cannot be loaded"),
+    ):
+        assert main(["compress", "--teacher", str(name), "--output_dir", "never", "--dry_run"]) == 1
+        assert words in capsys.readouterr().err
+
+
+# --- calibrate
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """Flags that name a training and a validation file, and the split of the latter; a later `--split` wins."""
+    flags = ["--split", "validation"]
+    for name, rows in (("train", sentence_rows(60)), ("validation", sentence_rows(20, seed=1))):
+        rows.to_csv(tmp_path / f"{name}.csv")
+        flags += [f"--{name}_file", str(tmp_path / f"{name}.csv")]
+    return flags
+
+
+@pytest.fixture
+def slim(tmp_path) -> str:
+    tiny_model(num_labels=2).save_pretrained(tmp_path / "slim")
+    word_tokenizer().save_pretrained(tmp_path / "slim")
+    return str(tmp_path / "slim")
+
+
+def test_calibrate_chooses_a_threshold_and_saves_it_with_the_model(slim, files, capsys):
+    assert main(["calibrate", slim, *files, "--target_speedup", "1.2"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(slim)
+    settings = ExitConfig.from_dict(model.config.exit_config)
+    assert settings.calibration["goal"] == {"target_speedup": 1.2} and settings.calibration["rows"] == 20
+    out = capsys.readouterr().out
+    assert f"Saved in {slim}: entropy criterion with limit {settings.threshold:g}. On 20 held-out rows" in out
+    assert f"{settings.calibration['speedup_over_full_depth']:.2f}x fewer FLOPs" in out
+    inputs = word_tokenizer()(["the film was good"], return_tensors="pt")
+    assert 1 <= model.predict(**inputs, early_exit=True).exit_layer.item() <= 4
+
+
+def test_calibrate_may_save_elsewhere(slim, files, tmp_path):
+    words = ["calibrate", "--model", slim, *files, "--max_metric_drop", "1", "--output_dir", str(tmp_path / "new")]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["exit_config"]
+    assert (
+        "exit_config" not in json.loads((tmp_path / "slim" / "config.json").read_text())
+        or not json.loads((tmp_path / "slim" / "config.json").read_text())["exit_config"]
+    )
+    assert (tmp_path / "new" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "Give exactly one"),
+        (["--max_metric_drop", "1", "--target_speedup", "2"], "Give exactly one"),
+        (["--target_speedup", "500"], "A speed-up of 500 cannot be reached"),
+        (["--max_metric_drop", "1", "--metric", "bleu"], "'bleu'"),
+        (["--max_metric_drop", "1", "--label_column", "nothing"], "'nothing'"),
+        (["--max_metric_drop", "1", "--split", "nowhere"], "`split` is 'nowhere', but the splits are: train, valid"),
+    ],
+)
+def test_calibrate_says_what_is_wrong_and_leaves_the_model_alone(flags, words, slim, files, capsys):
+    assert main(["calibrate", "--model", slim, *files, *flags]) == 1
+    err = capsys.readouterr().err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("hf-costeff calibrate: ") and words in last
+    assert AutoModelForSequenceClassification.from_pretrained(slim).config.exit_config is None
+
+
+def test_a_model_without_exits_cannot_be_calibrated(files, tmp_path, capsys):
+    tiny_bert(num_labels=2).save_pretrained(tmp_path / "stock")
+    assert main(["calibrate", "--model", str(tmp_path / "stock"), *files, "--max_metric_drop", "1"]) == 1
+    assert "is a bert model without exits. Compress it first" in capsys.readouterr().err

@@ -1,0 +1,206 @@
+"""Logits over a data set against single forward passes, and the figures of a report against plain counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import DataCollatorWithPadding
+
+from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
+from hf_costeff import ExitConfig
+from hf_costeff.efficiency import cumulative_flops, stock_flops
+from hf_costeff.evaluation import (
+    Contender,
+    ReportRow,
+    calibrate,
+    collect_exit_logits,
+    format_table,
+    model_inputs,
+    report_rows,
+)
+
+COLLATOR = DataCollatorWithPadding(word_tokenizer(), pad_to_multiple_of=8)
+SINGLE = "single_label_classification"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    return token_rows(23, seed=4)
+
+
+def single_rows(model, rows, **settings) -> list:
+    """The model's outputs on every row alone, without padding."""
+    with torch.no_grad():
+        return [model(torch.tensor([ids]), **settings) for ids in rows["input_ids"]]
+
+
+# --- logits of all exits
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_the_logits_of_every_exit_come_back_in_the_data_sets_order(batch_size, rows):
+    model = tiny_model()
+    records = collect_exit_logits(model, rows, COLLATOR, batch_size=batch_size, show_progress=False)
+    expected = torch.stack([torch.cat(outputs.exit_logits) for outputs in single_rows(model, rows)])
+    assert records.logits.shape == (23, 4, 3) and records.logits.dtype == torch.float32
+    torch.testing.assert_close(records.logits, expected, rtol=1e-5, atol=1e-5)
+    assert records.seq_lengths.tolist() == [len(ids) for ids in rows["input_ids"]]
+    assert records.labels.tolist() == rows["labels"]
+
+
+def test_a_stock_classifier_has_one_exit(rows):
+    model = tiny_bert()
+    records = collect_exit_logits(model, rows, COLLATOR, batch_size=5, show_progress=False)
+    expected = torch.stack([outputs.logits for outputs in single_rows(model, rows)])
+    torch.testing.assert_close(records.logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_keeps_its_mode_and_is_run_without_dropout(rows):
+    model = tiny_model(hidden_dropout_prob=0.5).train()
+    first, second = (collect_exit_logits(model, rows, COLLATOR, show_progress=False).logits for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad
+    assert all(module.training for module in model.modules())
+
+
+def test_rows_without_labels_are_collected_and_half_precision_comes_back_in_single(rows):
+    model = tiny_model().to(torch.bfloat16)
+    records = collect_exit_logits(model, rows.remove_columns("labels"), COLLATOR, show_progress=False)
+    assert records.labels is None and records.logits.dtype == torch.float32
+    with pytest.raises(ValueError, match="The rows have no labels"):
+        records.known_labels()
+
+
+def test_multi_label_and_regression_labels_keep_their_shape_and_kind(rows):
+    bare = rows.remove_columns("labels")
+    lists = bare.add_column("labels", [[1.0, 0.0, 1.0]] * 23)
+    numbers = bare.add_column("labels", [0.25 * index for index in range(23)])
+    model = tiny_model()
+    assert collect_exit_logits(model, lists, COLLATOR, show_progress=False).labels.tolist() == lists["labels"]
+    assert collect_exit_logits(model, numbers, COLLATOR, show_progress=False).labels.tolist() == numbers["labels"]
+
+
+def test_a_model_gets_only_the_inputs_its_forward_names():
+    batch = {"input_ids": torch.ones(1, 2), "labels": torch.ones(1), "offsets": torch.ones(1)}
+    assert list(model_inputs(tiny_bert(), batch)) == ["input_ids"]
+
+
+# --- calibrating a model
+
+
+def test_calibrating_stores_settings_that_predict_uses(rows):
+    model = tiny_model()
+    settings = calibrate(model, rows, COLLATOR, max_metric_drop=5.0, show_progress=False)
+    assert ExitConfig.from_dict(model.config.exit_config) == settings
+    assert settings.calibration["metric"] == "accuracy" and settings.calibration["rows"] == 23
+    layers, right = [], []
+    for ids, label in zip(rows["input_ids"], rows["labels"], strict=True):
+        answer = model.predict(torch.tensor([ids]), early_exit=True)
+        layers.append(answer.exit_layer.item())
+        right.append(answer.logits.argmax().item() == label)
+    assert settings.calibration["mean_exit_layer"] == pytest.approx(sum(layers) / 23)
+    assert settings.calibration["early_exit"] == pytest.approx(sum(right) / 23)
+    full = [outputs.logits.argmax().item() == label for outputs, label in zip(single_rows(model, rows), rows["labels"])]  # noqa: B905 - one output per row
+    assert settings.calibration["full_depth"] == pytest.approx(sum(full) / 23)
+
+
+def test_calibrating_without_labels_or_with_two_goals_leaves_the_model_as_it_was(rows):
+    model = tiny_model(exit_config=ExitConfig(threshold=0.4).to_dict())
+    for data, goal in (
+        (rows.remove_columns("labels"), {"max_metric_drop": 1.0}),
+        (rows, {}),
+        (rows, {"target_speedup": 1e9}),
+    ):
+        with pytest.raises(ValueError):
+            calibrate(model, data, COLLATOR, show_progress=False, **goal)
+        assert model.config.exit_config == {"criterion": "entropy", "threshold": 0.4, "temperatures": 1.0}
+
+
+# --- the report
+
+
+@pytest.fixture(scope="module")
+def report(rows) -> list[ReportRow]:
+    teacher, slim, settings = tiny_bert(), tiny_model(), ExitConfig(threshold=0.8)
+    contenders = []
+    for name, model, early in (("teacher", teacher, None), ("full", slim, None), ("early", slim, settings)):
+        records = collect_exit_logits(model, rows, COLLATOR, show_progress=False)
+        contenders.append(Contender(name, model, records, early))
+    return report_rows(contenders, rows, COLLATOR, SINGLE, timed_rows=8)
+
+
+def accuracy_of(answers: list[int], rows: Dataset) -> float:
+    return sum(answer == label for answer, label in zip(answers, rows["labels"], strict=True)) / len(answers)
+
+
+def test_a_stock_models_line_has_its_own_counts(report, rows):
+    teacher, model = report[0], tiny_bert()
+    assert teacher.metrics["accuracy"] == pytest.approx(
+        accuracy_of([outputs.logits.argmax().item() for outputs in single_rows(model, rows)], rows)
+    )
+    assert teacher.parameters == sum(parameter.numel() for parameter in model.parameters())
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    assert teacher.flops_per_row == pytest.approx(sum(stock_flops(model.config, n) for n in lengths) / len(lengths))
+    assert teacher.flops_per_row_at_128 == stock_flops(model.config, 128)
+    assert (teacher.mean_exit_layer, teacher.exit_shares) == (4.0, [1.0])
+
+
+def test_full_depth_and_early_exit_equal_predicting_row_by_row(report, rows):
+    model = tiny_model()
+    for line, early in zip(report[1:], (False, ExitConfig(threshold=0.8)), strict=True):
+        answers = [model.predict(torch.tensor([ids]), early_exit=early) for ids in rows["input_ids"]]
+        layers = [answer.exit_layer.item() for answer in answers]
+        assert line.metrics["accuracy"] == pytest.approx(
+            accuracy_of([answer.logits.argmax().item() for answer in answers], rows)
+        )
+        assert line.mean_exit_layer == pytest.approx(sum(layers) / len(layers))
+        assert line.exit_shares == pytest.approx([layers.count(layer) / len(layers) for layer in (1, 2, 3, 4)])
+        heads = () if early is False else None
+        for length, found in ((None, line.flops_per_row), (128, line.flops_per_row_at_128)):
+            spent = [
+                cumulative_flops(model.config, length or len(ids), heads)[layer - 1]
+                for ids, layer in zip(rows["input_ids"], layers, strict=True)
+            ]
+            assert found == pytest.approx(sum(spent) / len(spent))
+    assert 1 < report[2].mean_exit_layer < 4
+
+
+def test_every_contender_is_timed_at_both_batch_sizes(report):
+    for line in report:
+        assert set(line.ms_per_text) == {"32", "1"}
+        assert all(value > 0 for value in line.ms_per_text.values())
+
+
+def test_a_contender_answers_as_it_would_be_served(rows):
+    batch = COLLATOR([rows[0], rows[1]])
+    model, settings = tiny_model(), ExitConfig(threshold=1.0)
+    records = collect_exit_logits(model, rows, COLLATOR, show_progress=False)
+    assert Contender("early", model, records, settings).answer(batch).exit_layer.tolist() == [1, 1]
+    assert Contender("full", model, records).answer(batch).exit_layer.tolist() == [4, 4]
+    assert Contender("stock", tiny_bert(), records).answer(batch).logits.shape == (2, 3)
+
+
+def line(name: str, metric: float, parameters: int, flops: float, big: float, one: float) -> ReportRow:
+    return ReportRow(name, {"accuracy": metric}, parameters, flops / 2, flops, 3.5, [1.0], {"32": big, "1": one})
+
+
+def test_the_table_gives_every_ratio_against_the_first_line():
+    table = format_table(
+        [line("teacher", 0.9, 8_000_000, 4e6, 2.0, 10.0), line("slim", 0.81, 1_000_000, 2e5, 0.5, 2.5)], "accuracy"
+    ).splitlines()
+    assert len(table) == 4 and table[0].count("|") == table[1].count("|") == table[2].count("|")
+    cells = [cell.strip() for cell in table[3].strip("|").split("|")]
+    assert cells == [
+        *("slim", "0.8100", "90.0%", "1.00M", "8.00x", "0.2M", "20.00x", "3.50", "0.500", "4.00x", "2.50", "4.00x")
+    ]
+    assert "100.0%" in table[2] and "1.00x" in table[2]
+
+
+def test_a_teacher_with_metric_zero_has_no_share_to_give():
+    table = format_table([line("teacher", 0.0, 1, 1.0, 1.0, 1.0), line("slim", 0.5, 1, 1.0, 1.0, 1.0)], "accuracy")
+    assert table.count("n/a") == 2
