@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -241,6 +242,11 @@ class Compression:
     def _load_given_teacher(self) -> PreTrainedModel | None:
         """The teacher if it can classify already, else `None`: it has to be fine-tuned first."""
         if self.given_teacher is not None:
+            if not isinstance(self.given_teacher, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(self.teacher_config)]):
+                raise ValueError(
+                    f"The given teacher is a {type(self.given_teacher).__name__}, not a sequence classifier. Load it "
+                    "with AutoModelForSequenceClassification, or pass its name or folder to have it fine-tuned first."
+                )
             return self.given_teacher.to(self.device)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             self.arguments.teacher, output_loading_info=True
