@@ -48,6 +48,7 @@ def few_steps(rows: int, num_attention_heads: int) -> Recipe:
         interval_growth=0.1,
         events=2,
         importance_rows=16,
+        weigh_tokens=True,
         representation=Phase(1, 1e-3, max_steps=2),
         prediction=Phase(1, 1e-3, max_steps=4),
         exit_pooling="cls",
@@ -283,10 +284,25 @@ def test_a_damaged_stage_is_refused_with_its_remedy_and_nothing_else_is_lost(tea
     assert trained == STAGES[2:]
 
 
+def test_another_teacher_or_other_texts_under_the_same_names_are_another_run(finished, teacher, tmp_path):
+    data = make_data()
+    data["train"] = data["train"].select(list(range(39, -1, -1)))
+    with pytest.raises(ValueError, match="another run .*data_fingerprint was"):
+        compress(teacher, data, finished.model_path, compression=2, **SPLIT)
+    settings = {"processing_class": word_tokenizer(), "events": 1, "compression": 2, **SPLIT}
+    models = [tiny_bert(seed=seed, **WIDE, **LABELS) for seed in (0, 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at_call(patch, Compression, "_train_assistant", 1)
+        with pytest.raises(Stopped):
+            compress(models[0], make_data(), tmp_path / "slim", **settings)
+    with pytest.raises(ValueError, match="another run .*teacher_fingerprint was"):
+        compress(models[1], make_data(), tmp_path / "slim", **settings)
+
+
 def test_a_folder_of_another_run_or_with_other_files_is_refused(teacher, finished, tmp_path):
     with pytest.raises(ValueError, match=r"another run .*compression was 2, now 1\.5"):
         compress(teacher, make_data(), finished.model_path, compression=1.5, **SPLIT)
-    with pytest.raises(ValueError, match=r"another run .*rows was "):
+    with pytest.raises(ValueError, match="another run .*max_train_rows"):
         compress(teacher, make_data(), finished.model_path, compression=2, max_train_rows=30, **SPLIT)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no run"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .configuration_costeff import CostEffConfig
-from .efficiency import full_depth_flops, mean_flops
+from .efficiency import mean_flops
 from .exit_criteria import REGRESSION, ExitConfig, simulate_exits
 from .metrics import LOWER_IS_BETTER, METRICS, check_metric
 
@@ -86,7 +86,7 @@ def exit_outcome(records: ExitLogits, settings: ExitConfig | None, config: CostE
             settings.checked_exits,
         )
     flops = mean_flops(config, layers[index], records.seq_lengths, checked)
-    full = float(np.mean([full_depth_flops(config, int(length)) for length in records.seq_lengths]))
+    full = mean_flops(config, torch.full_like(rows, config.num_hidden_layers), records.seq_lengths, NO_EXITS)
     value = METRICS[problem_type][metric](records.logits[rows, index].numpy(), records.known_labels())
     return ExitOutcome(value, float(layers[index].float().mean()), flops, full / flops)
 

@@ -1,10 +1,13 @@
-"""Folders that know whether they are whole: a list of digests, written last."""
+"""Digests: of a folder's files, so that it knows whether it is whole, and of a model or texts, to tell them apart."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 CHECKSUMS = "checksums.json"
 
@@ -31,4 +34,23 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(parts: Iterable[str]) -> str:
+    """A short digest of some texts in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of(model: PreTrainedModel, without: Iterable[str] = ()) -> str:
+    """A digest of the weights; freshly made ones are left out, because they differ every time."""
+    fresh = set(without)
+    sums = ((name, tensor) for name, tensor in model.state_dict().items() if name not in fresh)
+    return fingerprint(f"{name} {tuple(tensor.shape)} {tensor.double().abs().sum().item()!r}" for name, tensor in sums)

@@ -35,10 +35,18 @@ from transformers import (
 from transformers.utils import logging
 
 from .calibration import exit_curve
+from .checksums import fingerprint, fingerprint_of
 from .compression_args import CompressionArguments, CompressionPlan
-from .conversion import convert_config, convert_from_stock
+from .conversion import check_same_shape, convert_config, convert_from_stock
 from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
-from .efficiency import checkpoint_bytes, count_parameters, full_depth_flops, parameter_count, stock_flops
+from .efficiency import (
+    checkpoint_bytes,
+    count_parameters,
+    cumulative_flops,
+    full_depth_flops,
+    parameter_count,
+    stock_flops,
+)
 from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig
 from .importance import compute_importance
@@ -99,7 +107,7 @@ def compress(
     if isinstance(teacher, (str, Path)):
         name, given = str(teacher), None
     else:
-        name, given = teacher.name_or_path or type(teacher).__name__, copy.deepcopy(teacher)
+        name, given = teacher.name_or_path or type(teacher).__name__, copy.deepcopy(teacher).float()
     chosen = {key: value for key, value in options.items() if key in compression_names}
     arguments = CompressionArguments(teacher=name, output_dir=str(output_dir), **chosen)
     data_options = {key: value for key, value in options.items() if key in data_names}
@@ -187,8 +195,9 @@ class Compression:
 
     def run(self) -> CompressionResult:
         """Go through the stages that are not done yet, then report."""
-        self.tokenizer = self.processing_class or AutoTokenizer.from_pretrained(self.arguments.teacher)
+        self.tokenizer = self._load_tokenizer()
         loaded_teacher = self._load_given_teacher()
+        self._check_reachable()
         self.data = self._prepare_data(loaded_teacher)
         self.metric = self.arguments.metric or default_metric(self.data.problem_type)
         check_metric(self.metric, self.data.problem_type)
@@ -228,8 +237,14 @@ class Compression:
         arguments = dataclasses.asdict(self.arguments)
         for name in ("output_dir", "max_metric_drop", "target_speedup"):
             del arguments[name]
-        data = self.data.summary()
-        return {**arguments, "data": dataclasses.asdict(self.data_arguments), "rows": data["rows"]}
+        return {
+            **arguments,
+            "teacher": _resolved(arguments["teacher"]),
+            "pretrained": _resolved(arguments["pretrained"]),
+            "teacher_fingerprint": self.teacher_fingerprint,
+            "data_fingerprint": fingerprint(repr(row) for split in self.data.raw.values() for row in split),
+            "max_length": self.data.max_length,
+        }
 
     def _set_labels(self, config: Any) -> None:
         if self.data.label_names is not None:
@@ -239,6 +254,27 @@ class Compression:
             config.num_labels = self.data.num_labels
         config.problem_type = self.data.problem_type
 
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.processing_class is not None:
+            return self.processing_class
+        if self.given_teacher is not None and not self.given_teacher.name_or_path:
+            raise ValueError(
+                f"The teacher is a {type(self.given_teacher).__name__} in memory that was not loaded from anywhere, so "
+                "its tokenizer is unknown. Pass it: compress(..., processing_class=tokenizer)."
+            )
+        return AutoTokenizer.from_pretrained(self.arguments.teacher)
+
+    def _check_reachable(self) -> None:
+        """Refuse a speed-up that even leaving at the first exit cannot give, before anything is trained."""
+        wanted, slim = self.arguments.target_speedup, self.plan().widths.apply_to(self.full_config)
+        first = cumulative_flops(slim, PAPER_SEQ_LENGTH)[slim.exit_layers[0] - 1]
+        largest = stock_flops(self.teacher_config, PAPER_SEQ_LENGTH) / first
+        if wanted is not None and wanted > 1.1 * largest:  # at other lengths the ratio is a little different
+            raise ValueError(
+                f"A speed-up of {wanted:g} cannot be reached: if every row left at the first exit it would be about "
+                f"{largest:.1f}. Ask for less, or compress further."
+            )
+
     def _load_given_teacher(self) -> PreTrainedModel | None:
         """The teacher if it can classify already, else `None`: it has to be fine-tuned first."""
         if self.given_teacher is not None:
@@ -247,10 +283,12 @@ class Compression:
                     f"The given teacher is a {type(self.given_teacher).__name__}, not a sequence classifier. Load it "
                     "with AutoModelForSequenceClassification, or pass its name or folder to have it fine-tuned first."
                 )
+            self.teacher_fingerprint = fingerprint_of(self.given_teacher)
             return self.given_teacher.to(self.device)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            self.arguments.teacher, output_loading_info=True
+            self.arguments.teacher, dtype=torch.float32, output_loading_info=True
         )
+        self.teacher_fingerprint = fingerprint_of(model, without=report["missing_keys"])
         if not report["missing_keys"]:
             return self._prepared(model)
         if not self.arguments.fine_tune_teacher:
@@ -294,7 +332,9 @@ class Compression:
 
     def _fine_tune_teacher(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         model = self._prepared(
-            AutoModelForSequenceClassification.from_pretrained(self.arguments.teacher, config=self.teacher_config)
+            AutoModelForSequenceClassification.from_pretrained(
+                self.arguments.teacher, config=self.teacher_config, dtype=torch.float32
+            )
         )
         weights = self._class_weights()
         trainer = ResumableTrainer(
@@ -347,7 +387,7 @@ class Compression:
         model, record = self._distil(name, model, assistant, phase, evaluate=False)
         importance = compute_importance(model, self._scored_batches(name), self._importance_loss(assistant))
         plan = ALLOCATIONS[self.arguments.allocation](importance, widths)
-        slim = slenderize(model, plan, token_weights=self._token_weights())
+        slim = slenderize(model, plan, token_weights=self._token_weights() if recipe.weigh_tokens else None)
         reached = describe_widths(Widths.of(slim.config))
         return slim, {**record, **reached, "parameters": count_parameters(slim)}
 
@@ -363,14 +403,17 @@ class Compression:
         return model.to(self.device)
 
     def _load(self, stage: str) -> PreTrainedModel:
-        return self._prepared(AutoModelForSequenceClassification.from_pretrained(self.store.files(stage)))
+        return self._prepared(
+            AutoModelForSequenceClassification.from_pretrained(self.store.files(stage), dtype=torch.float32)
+        )
 
     def _fresh_assistant(self, teacher: PreTrainedModel) -> PreTrainedModel:
         source = teacher
         if self.arguments.pretrained is not None:
             source = AutoModelForSequenceClassification.from_pretrained(
-                self.arguments.pretrained, num_labels=self.data.num_labels
+                self.arguments.pretrained, num_labels=self.data.num_labels, dtype=torch.float32
             )
+        check_same_shape(source.config, self.teacher_config)
         model = convert_from_stock(
             source,
             exit_layers=self.arguments.exit_layers,
@@ -393,7 +436,7 @@ class Compression:
         return kind(
             output_dir=str(self.store.working_dir(stage)),
             max_steps=steps,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=max(1, batch_size // max(1, torch.cuda.device_count())),
             per_device_eval_batch_size=64,
             learning_rate=phase.learning_rate,
             warmup_steps=0.1,
@@ -566,6 +609,11 @@ def load_config(name: str) -> PreTrainedConfig:
         raise ValueError(
             f"The checkpoint {name!r} cannot be loaded: {error} Give a Hub id, or a local folder with a config.json."
         ) from error
+
+
+def _resolved(name: str | None) -> str | None:
+    """A local path in one spelling; anything else as it is."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 def answers(logits: Tensor, problem_type: str) -> Tensor:

@@ -333,3 +333,20 @@ def convert_from_stock(
     exit_state = {name: tensor for name, tensor in converted.costeff.state_dict().items() if name.startswith("exits.")}
     converted.costeff.load_state_dict(encoder_state | exit_state, strict=True)
     return converted.train(model.training)
+
+
+def check_same_shape(pretrained: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """Refuse an assistant's starting point that is not of the teacher's shape.
+
+    Raises:
+        ValueError: Naming the sizes that differ.
+    """
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    ours, theirs = convert_config(pretrained), convert_config(teacher)
+    differing = [name for name in sizes if getattr(ours, name) != getattr(theirs, name)]
+    if differing or pretrained.model_type != teacher.model_type:
+        found = ", ".join(f"{name} {getattr(ours, name)} against {getattr(theirs, name)}" for name in differing)
+        raise ValueError(
+            f"`pretrained` is a {pretrained.model_type} and the teacher a {teacher.model_type} ({found}). Name the "
+            "checkpoint that the teacher was fine-tuned from."
+        )

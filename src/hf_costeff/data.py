@@ -406,6 +406,11 @@ def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding
     """
     if tokenizer.pad_token is None:
         raise ValueError("The tokenizer has no padding token. Set one: `tokenizer.pad_token = '[PAD]'`.")
+    if tokenizer.padding_side != "right":
+        raise ValueError(
+            f"The tokenizer pads on the {tokenizer.padding_side}: a row's first token would then depend on its batch. "
+            'Set tokenizer.padding_side = "right".'
+        )
     return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
 
 

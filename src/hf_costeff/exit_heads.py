@@ -17,8 +17,8 @@ def pool_mean(hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
     """The mean state of the real tokens, shape (batch, hidden), from hidden states of shape (batch, seq, hidden)."""
     if padding_mask is None:
         return hidden_states.mean(dim=1)
-    weights = padding_mask.to(hidden_states.dtype)
-    return torch.einsum("bsh,bs->bh", hidden_states, weights) / weights.sum(dim=1, keepdim=True)
+    weights = padding_mask.to(hidden_states.dtype).unsqueeze(-1)
+    return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 class LinearExitHead(nn.Module):

@@ -111,10 +111,10 @@ def representation_loss(
     batch, seq, hidden = hidden_states[0].shape
     if attention_mask is None:
         attention_mask = hidden_states[0].new_ones(batch, seq, dtype=torch.float32)
-    token_weights = attention_mask / (attention_mask.sum(dim=1, keepdim=True) * batch * hidden)
+    token_weights = attention_mask.float() / (attention_mask.sum(dim=1, keepdim=True).clamp(min=1) * batch * hidden)
     for student, teacher in zip(hidden_states, teacher_hidden_states, strict=True):
-        squared = (student.float() - teacher.float()).square()
-        total = total + torch.einsum("bsh,bs->", squared, token_weights.float())
+        squared = (student.float() - teacher.float()).square().sum(dim=-1)
+        total = total + (squared * token_weights).sum()
     return total
 
 

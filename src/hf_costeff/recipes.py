@@ -52,6 +52,7 @@ class Recipe:
         representation: Recovery on hidden states alone.
         prediction: Recovery on predictions and hidden states together.
         exit_pooling: What the exits look at, see [`CostEffConfig`].
+        weigh_tokens: Whether the embedding factorisation weighs tokens by how often they occur.
         batch_size: Rows per optimizer step.
     """
 
@@ -66,6 +67,7 @@ class Recipe:
     representation: Phase
     prediction: Phase
     exit_pooling: str
+    weigh_tokens: bool
     batch_size: int = 32
 
 
@@ -88,6 +90,7 @@ def fast_recipe(rows: int, num_attention_heads: int) -> Recipe:
         representation=Phase(1, 1e-3, min_steps=300, max_steps=2000),
         prediction=Phase(6, 1e-3, min_steps=1500, max_steps=10_000),
         exit_pooling="mean",
+        weigh_tokens=True,
     )
 
 
@@ -105,6 +108,11 @@ _PAPER_EPOCHS = {
 
 def paper_recipe(rows: int, num_attention_heads: int) -> Recipe:
     """The schedule of COST-EFF's pipeline at batch size 32, by size of the data set and heads kept of 12.
+
+    Unlike the pipeline: the first interval decays over its own steps; the warm-up has no floor of 10 steps; rows are
+    grouped by length and incomplete batches kept; an importance pass sees every row once and not a draw with
+    replacement; epochs follow the number of rows and not the name of the task; and the assistant starts from the
+    teacher unless `pretrained` names its origin.
 
     Args:
         rows: Training rows: under 20,000 is small, under 200,000 medium.
@@ -125,6 +133,7 @@ def paper_recipe(rows: int, num_attention_heads: int) -> Recipe:
         representation=Phase(representation, 3e-5),
         prediction=Phase(prediction, 2e-5),
         exit_pooling="cls",
+        weigh_tokens=False,
     )
 
 

@@ -36,13 +36,15 @@ class StageStore:
         run_file = self.folder / RUN_FILE
         wanted = json.loads(json.dumps(settings))
         if run_file.exists():
-            self._check_same_run(json.loads(run_file.read_text()), wanted)
+            self._check_same_run(self._read_settings(run_file), wanted)
         elif self._holds_other_files():
             raise ValueError(
                 f"The output folder {self.output_dir} is not empty and holds no run to go on with. "
                 "Choose another output_dir, or empty it."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        for finished in self.folder.glob(f"*/{RECORD_FILE}"):  # what a kill just after a rename left behind
+            shutil.rmtree(self.folder / f"{finished.parent.name}.working", ignore_errors=True)
         if not run_file.exists():
             draft = run_file.with_suffix(".draft")
             draft.write_text(json.dumps(wanted, indent=1))
@@ -52,6 +54,15 @@ class StageStore:
         """Whether there is anything but what a run leaves that was killed before it wrote its settings."""
         own = (self.folder, (self.folder / RUN_FILE).with_suffix(".draft"))
         return self.output_dir.exists() and any(path not in own for path in self.output_dir.rglob("*"))
+
+    def _read_settings(self, run_file: Path) -> dict[str, Any]:
+        try:
+            return json.loads(run_file.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{run_file} is damaged ({error}), so it cannot be told whose stages these are. Choose another "
+                "output_dir, or delete this one."
+            ) from error
 
     def _check_same_run(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
@@ -91,7 +102,7 @@ class StageStore:
 
     def record(self, name: str) -> dict[str, Any]:
         """What a finished stage wrote down."""
-        return json.loads((self.folder / name / RECORD_FILE).read_text())
+        return json.loads((self.files(name) / RECORD_FILE).read_text())
 
     def files(self, name: str) -> Path:
         """The folder of a finished stage, checked for damage.
@@ -106,8 +117,3 @@ class StageStore:
                 "those of the stages after it, and run the same command again; the stages before it are kept."
             )
         return path
-
-    def drop_weights(self, name: str) -> None:
-        """Free the disk of a finished stage that no later stage reads; its record stays."""
-        for file in (self.folder / name).glob("*.safetensors"):
-            file.unlink()

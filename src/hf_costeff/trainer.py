@@ -89,6 +89,7 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process writes its random state
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if folder.is_dir():  # rotation may have removed it already
@@ -128,6 +129,12 @@ class CostEffTrainer(ResumableTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, CostEffTrainingArguments):
+            raise TypeError(f"`args` is {type(args).__name__}. CostEffTrainer needs CostEffTrainingArguments.")
+        if getattr(model, "config", None) is None or model.config.model_type != CostEffConfig.model_type:
+            raise TypeError(
+                f"`model` is {type(model).__name__}, not a multi-exit model. Convert it: convert_from_stock(model)."
+            )
         super().__init__(model, args, compute_metrics=self._metrics_of_every_exit, **kwargs)
         config = self.model.config
         self.metrics_of_one_exit = compute_metrics or self._default_metrics
@@ -147,6 +154,15 @@ class CostEffTrainer(ResumableTrainer):
             raise ValueError(f"`class_weights` has {len(args.class_weights)} entries for {config.num_labels} labels.")
         self._logged_parts: dict[str, Tensor] = {}
         self._logged_steps = 0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As [`ResumableTrainer.train`]; exit settings saved in the model are dropped, being those of other weights."""
+        if self.model.config.exit_config is not None:
+            logger.warning(
+                "Training changes the weights: the model's saved exit settings are dropped. Calibrate again."
+            )
+            self.model.config.exit_config = None
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def compute_loss(
         self,
