@@ -83,8 +83,8 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("build/demo"))
-    parser.add_argument("--train_rows", type=int, default=16_000)
-    parser.add_argument("--teacher_epochs", type=int, default=6)
+    parser.add_argument("--train_rows", type=int, default=12_000)
+    parser.add_argument("--teacher_epochs", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     teacher, model = given.output_dir / "teacher", given.output_dir / "model"

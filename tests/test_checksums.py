@@ -6,8 +6,10 @@ import hashlib
 import json
 
 import pytest
+import torch
 
-from hf_costeff.checksums import CHECKSUMS, is_whole, write_checksums
+from helpers import tiny_model
+from hf_costeff.checksums import CHECKSUMS, fingerprint, fingerprint_of, is_whole, write_checksums
 
 
 @pytest.fixture
@@ -64,3 +66,20 @@ def test_an_empty_or_absent_folder_is_not_whole(tmp_path):
     write_checksums(tmp_path / "empty")
     assert not is_whole(tmp_path / "empty")
     assert not is_whole(tmp_path / "nowhere")
+
+
+def test_a_fingerprint_tells_texts_and_their_order_apart():
+    assert fingerprint(["a", "b"]) == fingerprint(iter(["a", "b"]))
+    assert len({fingerprint(texts) for texts in (["a", "b"], ["b", "a"], ["a"], [], ["a", "B"])}) == 5
+
+
+def test_a_models_fingerprint_changes_with_any_weight_but_those_left_out():
+    model = tiny_model()
+    before = fingerprint_of(model)
+    assert fingerprint_of(tiny_model()) == before != fingerprint_of(tiny_model(seed=1))
+    name = "costeff.exits.4.classifier.bias"
+    without = fingerprint_of(model, without=[name])
+    with torch.no_grad():
+        dict(model.named_parameters())[name][0] += 1e-3
+    assert fingerprint_of(model) != before
+    assert fingerprint_of(model, without=[name]) == without

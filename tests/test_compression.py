@@ -287,7 +287,7 @@ def test_a_damaged_stage_is_refused_with_its_remedy_and_nothing_else_is_lost(tea
 def test_another_teacher_or_other_texts_under_the_same_names_are_another_run(finished, teacher, tmp_path):
     data = make_data()
     data["train"] = data["train"].select(list(range(39, -1, -1)))
-    with pytest.raises(ValueError, match="another run .*data_fingerprint was"):
+    with pytest.raises(ValueError, match=r"another run .*data_fingerprint was"):
         compress(teacher, data, finished.model_path, compression=2, **SPLIT)
     settings = {"processing_class": word_tokenizer(), "events": 1, "compression": 2, **SPLIT}
     models = [tiny_bert(seed=seed, **WIDE, **LABELS) for seed in (0, 1)]
@@ -295,14 +295,14 @@ def test_another_teacher_or_other_texts_under_the_same_names_are_another_run(fin
         stop_at_call(patch, Compression, "_train_assistant", 1)
         with pytest.raises(Stopped):
             compress(models[0], make_data(), tmp_path / "slim", **settings)
-    with pytest.raises(ValueError, match="another run .*teacher_fingerprint was"):
+    with pytest.raises(ValueError, match=r"another run .*teacher_fingerprint was"):
         compress(models[1], make_data(), tmp_path / "slim", **settings)
 
 
 def test_a_folder_of_another_run_or_with_other_files_is_refused(teacher, finished, tmp_path):
     with pytest.raises(ValueError, match=r"another run .*compression was 2, now 1\.5"):
         compress(teacher, make_data(), finished.model_path, compression=1.5, **SPLIT)
-    with pytest.raises(ValueError, match="another run .*max_train_rows"):
+    with pytest.raises(ValueError, match="holds the stages of another run"):
         compress(teacher, make_data(), finished.model_path, compression=2, max_train_rows=30, **SPLIT)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no run"):
@@ -475,7 +475,7 @@ def test_labels_that_disagree_with_the_teachers_are_refused(teacher, tmp_path):
     data = make_data()
     data["train"] = data["train"].remove_columns("label").add_column("label", [index % 3 for index in range(40)])
     with pytest.raises(ValueError, match=r"row 2 in split 'train' is 2|num_labels = 2"):
-        compress(teacher, data, tmp_path / "slim", **SPLIT)
+        compress(teacher, data, tmp_path / "slim", compression=2, **SPLIT)
     assert not (tmp_path / "slim").exists()
 
 
@@ -491,11 +491,12 @@ def test_labels_that_disagree_with_the_teachers_are_refused(teacher, tmp_path):
         ({"train_split": "nowhere"}, "`train_split` is 'nowhere'"),
         ({"max_length": 600}, "`max_length` is 600"),
         ({"events": 0}, "`events` is 0"),
+        ({"target_speedup": 1e6}, "A speed-up of 1e.06 cannot be reached"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_trained_or_written(options, message, teacher, tmp_path):
     with pytest.raises(Exception, match=message):
-        compress(teacher, make_data(), tmp_path / "slim", **{**SPLIT, **options})
+        compress(teacher, make_data(), tmp_path / "slim", **{"compression": 2, **SPLIT, **options})
     assert not (tmp_path / "slim").exists()
 
 
@@ -569,6 +570,10 @@ def test_without_a_target_an_eighth_is_the_target_and_widths_alone_are_a_target(
         ({"precision": "fp8"}, r"`precision` is 'fp8'\. It must be one of auto, fp32, bf16"),
         ({"exit_pooling": "max"}, r"`exit_pooling` is 'max'\. It must be one of cls, mean"),
         ({"max_metric_drop": 1.0, "target_speedup": 2.0}, "Choose the threshold by one of them"),
+        ({"max_metric_drop": -1.0}, "`max_metric_drop` is -1"),
+        ({"target_speedup": 0.0}, "`target_speedup` is 0"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"seed": -1}, "`seed` is -1"),
     ],
 )
 def test_arguments_out_of_range_are_refused_with_value_and_choices(options, message):

@@ -45,7 +45,7 @@ def fingerprint(parts: Iterable[str]) -> str:
     """A short digest of some texts in order."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode())
+        digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -53,4 +53,6 @@ def fingerprint_of(model: PreTrainedModel, without: Iterable[str] = ()) -> str:
     """A digest of the weights; freshly made ones are left out, because they differ every time."""
     fresh = set(without)
     sums = ((name, tensor) for name, tensor in model.state_dict().items() if name not in fresh)
-    return fingerprint(f"{name} {tuple(tensor.shape)} {tensor.double().abs().sum().item()!r}" for name, tensor in sums)
+    return fingerprint(
+        f"{name} {hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()}" for name, tensor in sums
+    )

@@ -71,6 +71,7 @@ from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
 PAPER_SEQ_LENGTH = 128
+DATA_SOURCES = ("dataset", "train_file", "validation_file")
 
 
 def compress(
@@ -197,7 +198,6 @@ class Compression:
         """Go through the stages that are not done yet, then report."""
         self.tokenizer = self._load_tokenizer()
         loaded_teacher = self._load_given_teacher()
-        self._check_reachable()
         self.data = self._prepare_data(loaded_teacher)
         self.metric = self.arguments.metric or default_metric(self.data.problem_type)
         check_metric(self.metric, self.data.problem_type)
@@ -208,6 +208,7 @@ class Compression:
         self._set_labels(self.teacher_config)
         self._set_labels(self.full_config)
         plan = self.plan()
+        self._check_reachable(plan)
         self.recipe: Recipe = RECIPES[self.arguments.recipe](len(self.data.train), max(plan.widths.num_attention_heads))
         stages = list(self._stages(plan.widths, loaded_teacher))
         self.store = StageStore(self.arguments.output_dir, self._settings())
@@ -237,13 +238,15 @@ class Compression:
         arguments = dataclasses.asdict(self.arguments)
         for name in ("output_dir", "max_metric_drop", "target_speedup"):
             del arguments[name]
+        sources = {name: _resolved(getattr(self.data_arguments, name)) for name in DATA_SOURCES}
         return {
             **arguments,
+            **dataclasses.asdict(self.data_arguments),
+            **sources,
             "teacher": _resolved(arguments["teacher"]),
             "pretrained": _resolved(arguments["pretrained"]),
             "teacher_fingerprint": self.teacher_fingerprint,
             "data_fingerprint": fingerprint(repr(row) for split in self.data.raw.values() for row in split),
-            "max_length": self.data.max_length,
         }
 
     def _set_labels(self, config: Any) -> None:
@@ -264,9 +267,9 @@ class Compression:
             )
         return AutoTokenizer.from_pretrained(self.arguments.teacher)
 
-    def _check_reachable(self) -> None:
+    def _check_reachable(self, plan: CompressionPlan) -> None:
         """Refuse a speed-up that even leaving at the first exit cannot give, before anything is trained."""
-        wanted, slim = self.arguments.target_speedup, self.plan().widths.apply_to(self.full_config)
+        wanted, slim = self.arguments.target_speedup, plan.widths.apply_to(self.full_config)
         first = cumulative_flops(slim, PAPER_SEQ_LENGTH)[slim.exit_layers[0] - 1]
         largest = stock_flops(self.teacher_config, PAPER_SEQ_LENGTH) / first
         if wanted is not None and wanted > 1.1 * largest:  # at other lengths the ratio is a little different

@@ -62,16 +62,18 @@ def compute_importance(
     training = model.training
     model.eval()
     seen = 0
-    for batch in batches:
+    try:
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                loss_function(model, batch).backward()
+            for name, parameter in scored.items():
+                if parameter.grad is not None:
+                    gradients[name] += parameter.grad.abs()
+            seen += 1
+    finally:
         model.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            loss_function(model, batch).backward()
-        for name, parameter in scored.items():
-            if parameter.grad is not None:
-                gradients[name] += parameter.grad.abs()
-        seen += 1
-    model.zero_grad(set_to_none=True)
-    model.train(training)
+        model.train(training)
     if not seen:
         raise ValueError("No batch to score importance on. Pass at least one row of training data.")
     weighted = {name: parameter.detach().abs().float() * gradients[name] for name, parameter in scored.items()}

@@ -211,7 +211,7 @@ class CostEffTrainer(ResumableTrainer):
 
     def _weights_now(self, parts: dict[str, Tensor]) -> dict[str, float]:
         alone_until = self.args.representation_only_ratio * self.state.max_steps
-        if self.is_in_train and "representation_loss" in parts and self.state.global_step < alone_until:
+        if self.model.training and "representation_loss" in parts and self.state.global_step < alone_until:
             return {name: self.loss_weights[name] * (name == "representation_loss") for name in parts}
         return self.loss_weights
 
