@@ -245,7 +245,7 @@ def main() -> None:
         DataArguments(dataset=given.data, dataset_config=given.task, **SPLITS.get(given.task, {})),
         tokenizer,
         teacher_config=teacher.config,
-        max_positions=assistant.config.max_position_embeddings,
+        max_positions=assistant.config.max_position_embeddings - assistant.config.position_offset,
     )
     for seed in given.seeds:
         for variant in given.variants:

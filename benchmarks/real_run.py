@@ -64,7 +64,18 @@ def main() -> None:
     row["at_paper_flops"] = at_paper_flops(result.model_path, teacher, given.data, options)
     output = Path(__file__).parent / "results" / f"{name}.json"
     output.parent.mkdir(exist_ok=True)
-    row["settings"] = {key: value for key, value in row["settings"].items() if key not in ("teacher", "data")}
+    kept = (
+        "recipe",
+        "compression",
+        "embedding_rank",
+        "allocation",
+        "events",
+        "exit_pooling",
+        "metric",
+        "precision",
+        "seed",
+    )
+    row["settings"] = {name: row["settings"][name] for name in kept}
     output.write_text(json.dumps(row, indent=1))
     print(result.table())
     print(json.dumps(row["at_paper_flops"], indent=1))
@@ -80,7 +91,10 @@ def at_paper_flops(model_path: Path, teacher: str, data: str, options: dict) -> 
     stock = AutoModelForSequenceClassification.from_pretrained(teacher)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     prepared = prepare_data(
-        arguments, tokenizer, teacher_config=stock.config, max_positions=slim.config.max_position_embeddings
+        arguments,
+        tokenizer,
+        teacher_config=stock.config,
+        max_positions=slim.config.max_position_embeddings - slim.config.position_offset,
     )
     collator = make_collator(tokenizer)
     calibration = collect_exit_logits(slim, prepared.calibration, collator)
