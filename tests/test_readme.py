@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import sys
 import textwrap
@@ -107,7 +108,20 @@ def test_every_flag_named_in_a_page_exists(page):
 OTHER_FLAGS = {"flags", "task", "data", "models", "run", "steps", "seeds"}  # the benchmarks' own
 
 
-def test_the_readme_names_the_two_commands_and_the_row_for_results():
+def test_the_readme_names_the_two_commands():
     text = (ROOT / "README.md").read_text()
     assert "make demo" in text and "make test" in text
-    assert "<!-- results:sst2" in text
+
+
+@pytest.mark.parametrize("task", ["mrpc", "sst2", "cola"])
+def test_the_real_runs_in_the_readme_are_those_that_were_measured(task):
+    run = json.loads((ROOT / "benchmarks" / "results" / f"{task}-fast-42.json").read_text())
+    teacher, _, full, early = run["rows"]
+    names = {"mrpc": "MRPC (F1)", "sst2": "SST-2 (accuracy)", "cola": "CoLA (Matthews)"}
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {names[task]} "))
+    *metrics, speedups = [cell.strip() for cell in row.strip("|").split("|")][1:]
+    measured = [teacher["metrics"][run["metric"]], full["metrics"][run["metric"]], run["at_paper_flops"]["early_exit"]]
+    assert metrics == [f"{value:.3f}" for value in measured]
+    for claimed, size in zip(speedups.split(" / "), ("32", "1"), strict=True):
+        ratio = teacher["ms_per_text"][size] / early["ms_per_text"][size]
+        assert float(claimed.removesuffix("x")) == pytest.approx(ratio, rel=0.03)
