@@ -31,9 +31,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from hf_costeff import CostEffForSequenceClassification, CostEffTrainer, CostEffTrainingArguments, slenderize
-from hf_costeff.compression import PAPER_SEQ_LENGTH
 from hf_costeff.data import DataArguments, PreparedData, make_collator, prepare_data
-from hf_costeff.efficiency import count_parameters, full_depth_flops, stock_flops
+from hf_costeff.efficiency import PAPER_SEQ_LENGTH, count_parameters, full_depth_flops, stock_flops
 from hf_costeff.evaluation import collect_exit_logits
 from hf_costeff.importance import Importance, compute_importance
 from hf_costeff.losses import importance_loss

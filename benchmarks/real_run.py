@@ -18,9 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_costeff import CostEffConfig, ExitConfig, compress
 from hf_costeff.calibration import ExitLogits, choose_exit_config, exit_outcome
-from hf_costeff.compression import PAPER_SEQ_LENGTH
 from hf_costeff.data import DataArguments, make_collator, prepare_data
-from hf_costeff.efficiency import stock_flops
+from hf_costeff.efficiency import PAPER_SEQ_LENGTH, stock_flops
 from hf_costeff.evaluation import collect_exit_logits
 from hf_costeff.exit_criteria import simulate_exits
 from hf_costeff.metrics import METRICS, paired_bootstrap

@@ -17,8 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from hf_costeff import CostEffTrainer, CostEffTrainingArguments, convert_from_stock
-from hf_costeff.compression import PAPER_SEQ_LENGTH
-from hf_costeff.efficiency import count_parameters, measure_alternating
+from hf_costeff.efficiency import PAPER_SEQ_LENGTH, count_parameters, measure_alternating
 from hf_costeff.report import describe_hardware
 from hf_costeff.slenderization import Budget, Widths, describe_widths, solve_widths
 

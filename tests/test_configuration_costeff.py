@@ -30,11 +30,6 @@ def test_every_layer_owns_an_exit_by_default():
     assert tiny_config(exit_layers=[2, 4]).exit_layers == [2, 4]
 
 
-def test_exit_index_counts_exits_and_not_layers():
-    config = tiny_config(exit_layers=[2, 4])
-    assert [config.exit_index(layer) for layer in (2, 4)] == [0, 1]
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

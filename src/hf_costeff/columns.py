@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
-from hf_costeff.metrics import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 logger = logging.getLogger(__name__)
 

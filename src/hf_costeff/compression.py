@@ -40,6 +40,7 @@ from .compression_args import CompressionArguments, CompressionPlan
 from .conversion import check_same_shape, convert_config, convert_from_stock
 from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
 from .efficiency import (
+    PAPER_SEQ_LENGTH,
     checkpoint_bytes,
     count_parameters,
     cumulative_flops,
@@ -70,7 +71,6 @@ from .trainer import CostEffTrainer, ResumableTrainer, Teacher
 from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
-PAPER_SEQ_LENGTH = 128
 DATA_SOURCES = ("dataset", "train_file", "validation_file")
 
 

@@ -130,10 +130,6 @@ class CostEffConfig(PreTrainedConfig):
             return self.problem_type
         return "regression" if self.num_labels == 1 else "single_label_classification"
 
-    def exit_index(self, exit_layer: int) -> int:
-        """Position (0-based) of the exit after `exit_layer` (1-based) in the list of exits."""
-        return self.exit_layers.index(exit_layer)
-
     def validate_sizes(self) -> None:
         """Refuse sizes that no model can have, before any memory is taken."""
         for name in ("vocab_size", "hidden_size", "attention_head_size", "max_position_embeddings"):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_costeff.configuration_costeff import CostEffConfig
-from hf_costeff.modeling_costeff import CostEffForSequenceClassification
+from .configuration_costeff import CostEffConfig
+from .modeling_costeff import CostEffForSequenceClassification
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_costeff.columns import Columns, LabelInfo, check_texts, encode_labels, find_columns, is_string, resolve_labels
-from hf_costeff.metrics import SINGLE_LABEL
+from .columns import Columns, LabelInfo, check_texts, encode_labels, find_columns, is_string, resolve_labels
+from .exit_criteria import SINGLE_LABEL
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from hf_costeff.configuration_costeff import CostEffConfig
-from hf_costeff.conversion import convert_config
+from .configuration_costeff import CostEffConfig
+from .conversion import convert_config
 
 FLOPS_PER_MAC = 2
+PAPER_SEQ_LENGTH = 128  # tokens per row where a figure is to be compared with the paper's
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,14 +15,20 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .calibration import ExitLogits, choose_exit_config, exit_outcome
-from .efficiency import count_parameters, cumulative_flops, full_depth_flops, measure_alternating, stock_flops
+from .efficiency import (
+    PAPER_SEQ_LENGTH,
+    count_parameters,
+    cumulative_flops,
+    full_depth_flops,
+    measure_alternating,
+    stock_flops,
+)
 from .exit_criteria import ExitConfig, simulate_exits
 from .metrics import compute_metrics, default_metric
 from .modeling_costeff import CostEffForSequenceClassification, inference
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
 TIMED_BATCHES = (32, 1)
-PAPER_SEQ_LENGTH = 128
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

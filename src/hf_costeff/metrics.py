@@ -13,11 +13,9 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk_metrics
 
-MetricFunction = Callable[[np.ndarray, np.ndarray], float]
+from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
-SINGLE_LABEL = "single_label_classification"
-MULTI_LABEL = "multi_label_classification"
-REGRESSION = "regression"
+MetricFunction = Callable[[np.ndarray, np.ndarray], float]
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
