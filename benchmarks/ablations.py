@@ -109,18 +109,13 @@ class Setting:
         )
         return compute_importance(model, batches, loss)
 
-    def token_weights(self) -> torch.Tensor:
-        """Token counts of the training rows, plus 1."""
-        tokens = np.concatenate([np.asarray(ids) for ids in self.data.train["input_ids"]])
-        return torch.from_numpy(np.bincount(tokens, minlength=self.assistant.config.vocab_size) + 1.0)
-
     def slim(
         self, source: CostEffForSequenceClassification, importance: Importance
     ) -> CostEffForSequenceClassification:
         """One-shot slenderization to the budget."""
         widths = solve_widths(source.config, Budget(max_parameters=self.max_parameters))
         plan = SlenderizationPlan.by_layer(importance, widths)
-        model = slenderize(source, plan, self.token_weights()).requires_grad_(True)
+        model = slenderize(source, plan).requires_grad_(True)
         model.set_attn_implementation(self.assistant.config._attn_implementation)
         return model
 

@@ -390,7 +390,7 @@ class Compression:
         model, record = self._distil(name, model, assistant, phase, evaluate=False)
         importance = compute_importance(model, self._scored_batches(name), self._importance_loss(assistant))
         plan = ALLOCATIONS[self.arguments.allocation](importance, widths)
-        slim = slenderize(model, plan, token_weights=self._token_weights() if recipe.weigh_tokens else None)
+        slim = slenderize(model, plan)
         reached = describe_widths(Widths.of(slim.config))
         return slim, {**record, **reached, "parameters": count_parameters(slim)}
 
@@ -545,11 +545,6 @@ class Compression:
             )
 
         return loss
-
-    def _token_weights(self) -> Tensor:
-        """How often each token occurs in the training rows, plus 1."""
-        tokens = np.concatenate([np.asarray(ids) for ids in self.data.train["input_ids"]])
-        return torch.from_numpy(np.bincount(tokens, minlength=self.full_config.vocab_size) + 1.0)
 
     # The report
 

@@ -52,7 +52,6 @@ class Recipe:
         representation: Recovery on hidden states alone.
         prediction: Recovery on predictions and hidden states together.
         exit_pooling: What the exits look at, see [`CostEffConfig`].
-        weigh_tokens: Whether the embedding factorisation weighs tokens by how often they occur.
         batch_size: Rows per optimizer step.
     """
 
@@ -67,7 +66,6 @@ class Recipe:
     representation: Phase
     prediction: Phase
     exit_pooling: str
-    weigh_tokens: bool
     batch_size: int = 32
 
 
@@ -87,10 +85,9 @@ def fast_recipe(rows: int, num_attention_heads: int) -> Recipe:
         interval_growth=1.0,
         events=3,
         importance_rows=640,
-        representation=Phase(1, 1e-3, min_steps=300, max_steps=2000),
-        prediction=Phase(6, 1e-3, min_steps=1500, max_steps=10_000),
+        representation=Phase(1, 3e-4, min_steps=300, max_steps=2000),
+        prediction=Phase(3, 3e-4, min_steps=1500, max_steps=10_000),
         exit_pooling="mean",
-        weigh_tokens=True,
     )
 
 
@@ -133,7 +130,6 @@ def paper_recipe(rows: int, num_attention_heads: int) -> Recipe:
         representation=Phase(representation, 3e-5),
         prediction=Phase(prediction, 2e-5),
         exit_pooling="cls",
-        weigh_tokens=False,
     )
 
 
