@@ -10,7 +10,6 @@ import torch
 
 from helpers import tiny_config
 from hf_costeff.calibration import (
-    THRESHOLDS,
     ExitLogits,
     candidate_settings,
     choose_exit_config,
@@ -150,18 +149,21 @@ def test_a_bolder_threshold_does_not_count_if_a_more_careful_one_drops_too_much(
 
 def test_if_the_first_exit_is_useless_nobody_leaves():
     settings = choose_exit_config(records_of([(0.999999, False)] * 6), CONFIG, "accuracy", max_metric_drop=0.0)
-    assert settings.threshold == 0.0
     assert settings.calibration["mean_exit_layer"] == 2.0
+    outcome = exit_outcome(records_of([(0.999999, False)] * 6), settings, CONFIG, "accuracy")
+    assert outcome.mean_exit_layer == 2.0 and outcome.metric == 1.0
 
 
 # --- a speed-up
+
+FINE_GRID = [step / 5000 for step in range(5001)]
 
 
 @pytest.mark.parametrize("target", [0.5, 1.0, 1.1, 1.3, 1.6, 1.9])
 def test_the_most_careful_threshold_that_reaches_the_speed_up_is_chosen(target):
     settings = choose_exit_config(records_of(ROWS), CONFIG, "accuracy", target_speedup=target)
-    expected = next(t for t in THRESHOLDS if FULL_DEPTH / plain_outcome(ROWS, t)[2] >= target)
-    assert settings.threshold == expected
+    careful = next(t for t in FINE_GRID if FULL_DEPTH / plain_outcome(ROWS, t)[2] >= target)
+    assert plain_outcome(ROWS, settings.threshold) == pytest.approx(plain_outcome(ROWS, careful))
     assert settings.calibration["goal"] == {"target_speedup": target}
     assert settings.calibration["speedup_over_full_depth"] >= target
 
@@ -169,7 +171,8 @@ def test_the_most_careful_threshold_that_reaches_the_speed_up_is_chosen(target):
 def test_the_speed_up_may_be_measured_against_a_teacher():
     reference = 5.0 * FULL_DEPTH
     settings = choose_exit_config(records_of(ROWS), CONFIG, "accuracy", target_speedup=6.0, reference_flops=reference)
-    assert settings.threshold == next(t for t in THRESHOLDS if reference / plain_outcome(ROWS, t)[2] >= 6.0)
+    careful = next(t for t in FINE_GRID if reference / plain_outcome(ROWS, t)[2] >= 6.0)
+    assert plain_outcome(ROWS, settings.threshold) == pytest.approx(plain_outcome(ROWS, careful))
     assert settings.calibration["speedup_over_full_depth"] == pytest.approx(
         FULL_DEPTH / plain_outcome(ROWS, settings.threshold)[2]
     )

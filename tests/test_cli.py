@@ -191,3 +191,8 @@ def test_a_model_without_exits_cannot_be_calibrated(files, tmp_path, capsys):
     tiny_bert(num_labels=2).save_pretrained(tmp_path / "stock")
     assert main(["calibrate", "--model", str(tmp_path / "stock"), *files, "--max_metric_drop", "1"]) == 1
     assert "is a bert model without exits. Compress it first" in capsys.readouterr().err
+
+
+def test_a_mistyped_flag_is_answered_with_the_nearest_one(capsys):
+    assert main(["compress", "--teacher", "somewhere", "--output_dir", "slim", "--compresion", "8"]) == 1
+    assert "Did you mean --compression?" in capsys.readouterr().err

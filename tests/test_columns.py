@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import BertConfig
 
 from hf_costeff.columns import Columns, check_texts, encode_labels, find_columns, resolve_labels
-from hf_costeff.metrics import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from hf_costeff.exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 COLUMNS = Columns(("text",), "label")
 
@@ -224,3 +224,11 @@ def test_a_text_that_is_missing_or_no_string_is_refused_with_its_row():
         check_texts(Dataset.from_dict({"text": [3]}), COLUMNS)
     with pytest.raises(ValueError, match=r"'text' is missing of split 'dev'; its columns are: sentence"):
         check_texts(Dataset.from_dict({"sentence": ["a"]}), COLUMNS, "dev")
+
+
+def test_words_numbered_for_a_teacher_without_label_names_are_shown_in_a_warning(caplog):
+    rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": ["mild", "good", "bad"]})
+    with caplog.at_level(logging.WARNING):
+        labels = resolve_labels(rows, Columns(("text",), "label"), BertConfig(num_labels=3))
+    assert "0 = bad, 1 = good, 2 = mild" in caplog.text
+    assert [labels.mapping[word] for word in ("bad", "good", "mild")] == [0, 1, 2]

@@ -54,7 +54,7 @@ def test_the_paper_recipe_has_the_learning_rates_of_batch_size_32():
     rates = [recipe.teacher, recipe.assistant_representation, recipe.assistant_prediction, recipe.representation]
     assert [phase.learning_rate for phase in rates] == [2e-5, 2e-5, 2e-5, 3e-5]
     assert recipe.prediction.learning_rate == 2e-5
-    assert recipe.exit_pooling == "cls" and not recipe.weigh_tokens
+    assert recipe.exit_pooling == "cls"
 
 
 def test_heads_outside_the_pipelines_table_take_its_nearest_column():

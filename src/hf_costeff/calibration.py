@@ -14,10 +14,17 @@ from torch import Tensor
 
 from .configuration_costeff import CostEffConfig
 from .efficiency import mean_flops
-from .exit_criteria import REGRESSION, ExitConfig, simulate_exits
+from .exit_criteria import (
+    REGRESSION,
+    ExitConfig,
+    decision_log_probabilities,
+    normalized_entropy,
+    simulate_exits,
+)
 from .metrics import LOWER_IS_BETTER, METRICS, check_metric
 
 NO_EXITS: list[int] | None = []
+SHARES = torch.linspace(0.005, 1.0, 200, dtype=torch.float64)
 THRESHOLDS = tuple(step / 200 for step in range(201))
 
 
@@ -94,15 +101,19 @@ def exit_outcome(records: ExitLogits, settings: ExitConfig | None, config: CostE
 def candidate_settings(records: ExitLogits, problem_type: str) -> list[ExitConfig]:
     """Settings from the most careful (nobody leaves early) to the boldest (everybody leaves at once).
 
-    Classification: thresholds on the normalised entropy. Regression: patience 1 with growing tolerance, taken from the
-    changes between neighbouring exits.
+    Classification: thresholds on the normalised entropy, an even grid and the quantiles of what was seen. Regression:
+    patience 1 with growing tolerance, quantiles of the changes between neighbouring exits.
     """
     if problem_type != REGRESSION:
-        return [ExitConfig(threshold=threshold) for threshold in THRESHOLDS]
+        measured = (
+            normalized_entropy(decision_log_probabilities(records.logits[:, :-1], problem_type)).flatten().double()
+        )
+        seen = torch.quantile(measured, SHARES).clamp(0.0, 1.0).tolist() if measured.numel() else []
+        return [ExitConfig(threshold=threshold) for threshold in sorted({*THRESHOLDS, *seen})]
     changes = (records.logits[:, 1:] - records.logits[:, :-1]).abs().flatten().double()
     tolerances = {0.0}
     if changes.numel():  # the last is past the largest change, because a change must be below the tolerance
-        quantiles = torch.quantile(changes, torch.linspace(0.005, 1.0, 200, dtype=torch.float64))
+        quantiles = torch.quantile(changes, SHARES)
         tolerances |= {*quantiles.tolist(), 1.01 * float(changes.max())}
     return [ExitConfig("patience", patience=1, tolerance=tolerance) for tolerance in sorted(tolerances)]
 

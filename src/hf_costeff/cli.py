@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
@@ -14,6 +16,21 @@ from .compression_args import CompressionArguments
 from .data import DataArguments, make_collator, prepare_split
 from .evaluation import calibrate
 from .modeling_costeff import CostEffForSequenceClassification
+
+
+def parse(parser: HfArgumentParser, words: Sequence[str]) -> tuple[Any, ...]:
+    """The argument dataclasses from a command's words.
+
+    Raises:
+        ValueError: For an unknown flag, with the nearest known one.
+    """
+    *parsed, unknown = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = get_close_matches(unknown[0], flags, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists the flags."
+        raise ValueError(f"Unknown: {' '.join(unknown)}. {hint}")
+    return tuple(parsed)
 
 
 @dataclass
@@ -26,7 +43,7 @@ class DryRunArguments:
 def run_compress(arguments: Sequence[str]) -> str:
     """`hf-costeff compress`: the whole recipe, or with `--dry_run` its plan; returns what to print."""
     parser = HfArgumentParser([CompressionArguments, DataArguments, DryRunArguments], prog="hf-costeff compress")
-    compression_arguments, data_arguments, stop_at = parser.parse_args_into_dataclasses(list(arguments))
+    compression_arguments, data_arguments, stop_at = parse(parser, arguments)
     run = Compression(compression_arguments, data_arguments)
     if stop_at.dry_run:
         return run.plan().describe()
@@ -55,7 +72,7 @@ def run_calibrate(arguments: Sequence[str]) -> str:
     words = list(arguments)
     if words and not words[0].startswith("-"):  # the model may come first, without its flag
         words.insert(0, "--model")
-    wanted, data_arguments = parser.parse_args_into_dataclasses(words)
+    wanted, data_arguments = parse(parser, words)
     load_config(wanted.model)
     model = AutoModelForSequenceClassification.from_pretrained(wanted.model)
     if not isinstance(model, CostEffForSequenceClassification):

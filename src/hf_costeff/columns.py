@@ -189,6 +189,12 @@ def resolve_labels(dataset: Dataset, columns: Columns, teacher_config: PreTraine
             f"The teacher has num_labels = {count}, but column '{columns.label}' has {found.count} labels{names}. "
             "Use a teacher fine-tuned on these labels, or the dataset (or `label_column`) that it was fine-tuned on."
         )
+    if count is not None and teacher_names is None and found.textual:
+        logger.warning(
+            "The teacher does not name its labels, so the words of the data are numbered in alphabetical order: %s. "
+            "If it was trained with another order, set its id2label first.",
+            ", ".join(f"{index} = {name}" for index, name in enumerate(found.names or [])),
+        )
     mapping = None if found.multi_hot else _label_mapping(found, teacher_names, count or found.count)
     return LabelInfo(found.kind, teacher_names or found.names, count or found.count, mapping)
 

@@ -604,8 +604,10 @@ def load_config(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
+        here = "" if Path(name).exists() else " (there is no local folder of that name)"
         raise ValueError(
-            f"The checkpoint {name!r} cannot be loaded: {error} Give a Hub id, or a local folder with a config.json."
+            f"The checkpoint {name!r}{here} cannot be loaded: {error} "
+            "Give a Hub id, or a local folder with a config.json."
         ) from error
 
 

@@ -91,6 +91,18 @@ def entropy(log_probabilities: Tensor) -> Tensor:
     return (-log_probabilities.exp() * log_probabilities).sum(-1).amax(-1)
 
 
+def normalized_entropy(log_probabilities: Tensor) -> Tensor:
+    """Entropy of the least sure decision over ln(classes), between 0 and 1.
+
+    Args:
+        log_probabilities: Shape (..., decisions, classes).
+
+    Returns:
+        Shape (...).
+    """
+    return entropy(log_probabilities) / math.log(log_probabilities.shape[-1])
+
+
 def normalized_confidence(log_probabilities: Tensor) -> Tensor:
     """Largest probability of the least sure decision, rescaled so that 0 is a uniform guess and 1 is certainty.
 
@@ -197,7 +209,7 @@ class EntropyCriterion(ThresholdCriterion):
 
     def measure(self, log_probabilities: Tensor) -> Tensor:
         """Normalised entropy, shape (rows,)."""
-        return entropy(log_probabilities) / math.log(log_probabilities.shape[-1])
+        return normalized_entropy(log_probabilities)
 
 
 class EntropyInNatsCriterion(ThresholdCriterion):
