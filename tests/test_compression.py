@@ -48,7 +48,6 @@ def few_steps(rows: int, num_attention_heads: int) -> Recipe:
         interval_growth=0.1,
         events=2,
         importance_rows=16,
-        weigh_tokens=True,
         representation=Phase(1, 1e-3, max_steps=2),
         prediction=Phase(1, 1e-3, max_steps=4),
         exit_pooling="cls",
