@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -74,6 +75,8 @@ def run_calibrate(arguments: Sequence[str]) -> str:
         words.insert(0, "--model")
     wanted, data_arguments = parse(parser, words)
     load_config(wanted.model)
+    if wanted.output_dir is None and not Path(wanted.model).is_dir():
+        raise ValueError(f"{wanted.model} is not a local folder, so the result cannot go back. Give --output_dir.")
     model = AutoModelForSequenceClassification.from_pretrained(wanted.model)
     if not isinstance(model, CostEffForSequenceClassification):
         raise ValueError(
@@ -98,8 +101,11 @@ def run_calibrate(arguments: Sequence[str]) -> str:
         target_speedup=wanted.target_speedup,
     )
     folder = wanted.output_dir or wanted.model
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if wanted.output_dir is None:  # only the settings change, so the weights are not written again
+        model.config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     seen = settings.calibration or {}
     limit = settings.tolerance if settings.threshold is None else settings.threshold
     return (
