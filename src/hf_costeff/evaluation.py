@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,11 @@ class Contender:
         with torch.no_grad():
             return self.model(**inputs)
 
+    def answer_all(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Run the model on every batch, for the clock."""
+        for batch in batches:
+            self.answer(batch)
+
 
 @dataclass(frozen=True)
 class ReportRow:
@@ -195,10 +201,7 @@ def _times(contenders: Sequence[Contender], dataset: Dataset, collator: Collator
     for size in TIMED_BATCHES:
         chosen = rows if size > 1 else rows[: max(1, len(rows) // 4)]
         batches = [collator(chosen[start : start + size]) for start in range(0, len(chosen), size)]
-        runs = {
-            contender.name: lambda answer=contender.answer: [answer(batch) for batch in batches]  # noqa: B023 - run now
-            for contender in contenders
-        }
+        runs = {contender.name: partial(contender.answer_all, batches) for contender in contenders}
         for name, latency in measure_alternating(runs, warmup=1, repeats=7).items():
             times[name][str(size)] = latency.median_ms / len(chosen)
     return times
@@ -209,9 +212,7 @@ def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, 
     rows = torch.arange(len(records.logits))
     if isinstance(model, CostEffForSequenceClassification):
         config, layers = model.config, torch.tensor(model.config.exit_layers)
-        outcome = exit_outcome(
-            records, contender.settings, config, next(iter(_metrics(records, rows, -1, problem_type)))
-        )
+        outcome = exit_outcome(records, contender.settings, config, default_metric(problem_type))
         index = torch.full_like(rows, len(layers) - 1)
         flops_at_128 = float(full_depth_flops(config, PAPER_SEQ_LENGTH))
         if contender.settings is not None:
