@@ -7,7 +7,6 @@ Each part stands between two marker comments and is replaced whole; tests/test_d
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import inspect
@@ -20,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedConfig, TrainingArguments
 
 import hf_costeff
-from hf_costeff import cli
+from hf_costeff.commands import COMMANDS
 
 PAGE = Path(__file__).parent / "reference.md"
 GENERIC = inspect.signature(PreTrainedConfig).parameters.keys() | inspect.signature(TrainingArguments).parameters.keys()
@@ -65,10 +64,10 @@ def public_members(thing: Any) -> Iterator[tuple[str, Any]]:
 
 def command_flags() -> str:
     parts = []
-    for command, (_, purpose) in cli.COMMANDS.items():
-        parts.append(f"### `hf-costeff {command}`\n\nTo {purpose}.")
+    for command in COMMANDS.values():
+        parts.append(f"### `hf-costeff {command.name}`\n\nTo {command.purpose}.")
         rows = ["| flag | default | meaning |", "|---|---|---|"]
-        for action in parser_of(command)._actions:
+        for action in command.parser()._actions:
             flags = [flag for flag in action.option_strings if "-" not in flag.lstrip("-") and flag != "-h"]
             if flags and action.dest != "help":
                 shown = "required" if action.required else "" if action.default is None else f"`{action.default}`"
@@ -78,31 +77,10 @@ def command_flags() -> str:
     return "\n\n".join(parts)
 
 
-class _Captured(Exception):
-    """Carries a command's parser out of the command."""
-
-
-def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser that a command builds, without running the command."""
-
-    class Capturing(cli.HfArgumentParser):
-        def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> Any:
-            raise _Captured(self)
-
-    original, cli.HfArgumentParser = cli.HfArgumentParser, Capturing
-    try:
-        cli.COMMANDS[command][0]([])
-    except _Captured as captured:
-        return captured.args[0]
-    finally:
-        cli.HfArgumentParser = original
-    raise AssertionError(f"hf-costeff {command} parsed no arguments.")
-
-
 def modules() -> str:
     parts = []
-    for found in sorted(pkgutil.iter_modules(hf_costeff.__path__), key=lambda module: module.name):
-        module = importlib.import_module(f"hf_costeff.{found.name}")
+    for found in sorted(pkgutil.walk_packages(hf_costeff.__path__, "hf_costeff."), key=lambda module: module.name):
+        module = importlib.import_module(found.name)
         lines = [f"- `{signature(thing, name)}`: {first_line(thing)}" for name, thing in own_names(module)]
         if lines:
             parts.append(f"### `{module.__name__}`\n\n{first_line(module)}\n\n" + "\n".join(lines))

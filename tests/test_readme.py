@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_costeff import cli
+from hf_costeff.commands import COMMANDS, Command
 from hf_costeff.compression_args import CompressionArguments
 from hf_costeff.data import DataArguments
 
@@ -24,7 +24,6 @@ LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)|!\[[^\]]*\]\((?P<ima
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]*)")
 
 sys.path.insert(0, str(ROOT / "docs"))
-make_reference = importlib.import_module("make_reference")
 
 
 def page_name(page: Path) -> str:
@@ -87,14 +86,14 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def flags_of(command: str) -> set[str]:
-    return {flag.lstrip("-") for action in make_reference.parser_of(command)._actions for flag in action.option_strings}
+def flags_of(command: Command) -> set[str]:
+    return {flag.lstrip("-") for action in command.parser()._actions for flag in action.option_strings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_flag_named_in_a_page_exists(page):
     """A command line names flags of its own command; running text may name those of any."""
-    flags = {command: flags_of(command) for command in cli.COMMANDS}
+    flags = {name: flags_of(command) for name, command in COMMANDS.items()}
     for block in blocks(page, "console"):
         for line in block.replace("\\\n", " ").splitlines():
             words = line.removeprefix("$ ").split()

@@ -1,0 +1,89 @@
+"""What a command of `hf-costeff` is: a name, argument dataclasses whose fields are its flags, and a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+from ..compression import load_config
+from ..modeling_costeff import CostEffForSequenceClassification
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the command line.
+
+    Args:
+        name: As typed after `hf-costeff`.
+        purpose: What it is for, a phrase that follows "to".
+        arguments: Dataclasses; every field is a flag.
+        run: Takes one instance of each of them and returns what to print.
+        first: The flag that the first word answers to if it is given without one; `None` if there is none.
+    """
+
+    name: str
+    purpose: str
+    arguments: tuple[type, ...]
+    run: Callable[..., str]
+    first: str | None = None
+
+    def parser(self) -> HfArgumentParser:
+        """The parser of its flags."""
+        return HfArgumentParser(list(self.arguments), prog=f"hf-costeff {self.name}")
+
+    def __call__(self, words: Sequence[str]) -> str:
+        """Parse the words after the command's name, run it, and return what to print.
+
+        Raises:
+            ValueError: For an unknown flag, with the nearest known one.
+        """
+        words = list(words)
+        if self.first is not None and words and not words[0].startswith("-"):
+            words.insert(0, f"--{self.first}")
+        parser = self.parser()
+        *parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        if unknown:
+            flags = [flag for action in parser._actions for flag in action.option_strings]
+            near = get_close_matches(unknown[0], flags, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists the flags."
+            raise ValueError(f"Unknown: {' '.join(unknown)}. {hint}")
+        return self.run(*parsed)
+
+
+def load_slim(name: str) -> tuple[CostEffForSequenceClassification, PreTrainedTokenizerBase]:
+    """A multi-exit classifier and its tokenizer.
+
+    Args:
+        name: Local folder or Hub id.
+
+    Raises:
+        ValueError: If it is not there, or has no exits.
+    """
+    load_config(name)
+    model = AutoModelForSequenceClassification.from_pretrained(name)
+    if not isinstance(model, CostEffForSequenceClassification):
+        raise ValueError(
+            f"{name} is a {model.config.model_type} model without exits. Compress it first: hf-costeff compress."
+        )
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def writable_folder(name: str, output_dir: str | None) -> str:
+    """Where a changed model goes: `output_dir`, or back to the local folder it came from.
+
+    Raises:
+        ValueError: If it came from the Hub and no folder is named.
+    """
+    if output_dir is None and not Path(name).is_dir():
+        raise ValueError(f"{name} is not a local folder, so the result cannot go back. Give --output_dir.")
+    return output_dir or name
+
+
+def longest_text(config: Any) -> int:
+    """Tokens that the model's position table holds."""
+    return config.max_position_embeddings - config.position_offset
