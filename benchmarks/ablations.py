@@ -32,10 +32,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 
 from hf_costeff import CostEffForSequenceClassification, CostEffTrainer, CostEffTrainingArguments, slenderize
 from hf_costeff.data import DataArguments, PreparedData, make_collator, prepare_data
+from hf_costeff.distillation import bf16_pays, importance_against, prepared, random_batches, training_arguments
 from hf_costeff.efficiency import PAPER_SEQ_LENGTH, count_parameters, full_depth_flops, stock_flops
 from hf_costeff.evaluation import collect_exit_logits
 from hf_costeff.importance import Importance, compute_importance
-from hf_costeff.losses import importance_loss
 from hf_costeff.metrics import METRICS
 from hf_costeff.slenderization import Budget, SlenderizationPlan, Widths, describe_widths, solve_widths
 from hf_costeff.trainer import Teacher
@@ -57,25 +57,22 @@ class Setting:
     steps: int
     learning_rate: float
     seed: int
+    device: torch.device
     bf16: bool
 
     def train(self, model: CostEffForSequenceClassification, teacher: Any, steps: int, **weights: Any) -> None:
         """Recover on predictions and representations for a number of steps."""
         with tempfile.TemporaryDirectory() as folder:
-            arguments = CostEffTrainingArguments(
-                output_dir=folder,
-                max_steps=steps,
+            arguments = training_arguments(
+                CostEffTrainingArguments,
+                folder,
+                steps=steps,
                 learning_rate=self.learning_rate,
-                warmup_steps=0.1,
-                weight_decay=0.01,
-                per_device_train_batch_size=32,
-                train_sampling_strategy="group_by_length",
-                save_strategy="no",
-                logging_steps=max(1, steps // 4),
+                batch_size=32,
+                device=self.device,
                 bf16=self.bf16,
-                use_cpu=not torch.cuda.is_available(),
                 seed=self.seed,
-                report_to="none",
+                save_strategy="no",
                 disable_tqdm=True,
                 **weights,
             )
@@ -86,27 +83,17 @@ class Setting:
     def importance(self, exits: slice) -> Importance:
         """Scores of the assistant's units, from the given exits, on 640 training rows."""
         model = copy.deepcopy(self.assistant).requires_grad_(True)
-        teacher = Teacher(self.assistant, model.config)
-        rows = np.random.default_rng(self.seed).permutation(len(self.data.train))[:640]
-
-        def loss(scored: CostEffForSequenceClassification, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            signals = teacher.signals(inputs, hidden_states=True)
-            outputs = scored(**inputs, output_hidden_states=True)
-            return importance_loss(
-                outputs.exit_logits[exits],
-                signals.exit_logits[exits],
-                outputs.hidden_states,
-                signals.hidden_states,
-                batch["labels"],
-                inputs.get("attention_mask"),
-                self.data.problem_type,
-            )
-
-        batches = (
-            self.collator([self.data.train[int(row)] for row in rows[start : start + 32]])
-            for start in range(0, len(rows), 32)
+        batches = random_batches(
+            self.data.train,
+            self.collator,
+            rows=640,
+            batch_size=32,
+            device=self.device,
+            seed=self.seed,
+            description="Importance",
         )
+        teacher = Teacher(self.assistant, model.config)
+        loss = importance_against(teacher, self.data.problem_type, device=self.device, bf16=self.bf16, exits=exits)
         return compute_importance(model, batches, loss)
 
     def slim(
@@ -115,9 +102,7 @@ class Setting:
         """One-shot slenderization to the budget."""
         widths = solve_widths(source.config, Budget(max_parameters=self.max_parameters))
         plan = SlenderizationPlan.by_layer(importance, widths)
-        model = slenderize(source, plan).requires_grad_(True)
-        model.set_attn_implementation(self.assistant.config._attn_implementation)
-        return model
+        return prepared(slenderize(source, plan).requires_grad_(True), self.device, self.bf16)
 
     def report(self, model: CostEffForSequenceClassification) -> dict[str, Any]:
         """Metric at full depth, mean over exits, and at 1/19 of the teacher's FLOPs, on validation."""
@@ -163,8 +148,7 @@ def two_stage_exits(setting: Setting) -> CostEffForSequenceClassification:
     config.exit_layers = [config.num_hidden_layers]
     single = CostEffForSequenceClassification(config)
     single.load_state_dict({name: joint.state_dict()[name] for name in single.state_dict()})
-    single.set_attn_implementation(joint.config._attn_implementation)
-    setting.train(single, setting.assistant, setting.steps // 2)
+    setting.train(prepared(single, setting.device, setting.bf16), setting.assistant, setting.steps // 2)
     joint.load_state_dict(single.state_dict(), strict=False)
     for name, parameter in joint.named_parameters():
         parameter.requires_grad = ".exits." in name
@@ -184,7 +168,9 @@ def squat(setting: Setting) -> CostEffForSequenceClassification:
     )
     shallow = CostEffForSequenceClassification(config)
     shallow.load_state_dict({name: source.state_dict()[name] for name in shallow.state_dict()})
-    model = setting.slim(shallow, Importance(scores.head_importance[:kept], scores.neuron_importance[:kept]))
+    model = setting.slim(
+        shallow.to(setting.device), Importance(scores.head_importance[:kept], scores.neuron_importance[:kept])
+    )
     setting.train(model, source, setting.steps)
     return model
 
@@ -218,7 +204,7 @@ def main() -> None:
     parser.add_argument("--run", required=True, type=Path, help="A finished run of benchmarks/real_run.py.")
     parser.add_argument("--teacher", help="The single-exit teacher, if the run did not fine-tune one.")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--compression", type=float, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
@@ -227,13 +213,11 @@ def main() -> None:
     output.parent.mkdir(exist_ok=True)
     rows = json.loads(output.read_text()) if output.exists() else {}
     tokenizer = AutoTokenizer.from_pretrained(given.run)
-    bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16")) or torch.cuda.is_available()
-    attention = "eager" if bf16 else "sdpa"
-    assistant = CostEffForSequenceClassification.from_pretrained(
-        given.run / "stages/assistant", attn_implementation=attention
-    )
-    teacher = AutoModelForSequenceClassification.from_pretrained(
-        given.teacher or given.run / "stages/teacher", attn_implementation=attention
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = bf16_pays(device)
+    assistant = prepared(CostEffForSequenceClassification.from_pretrained(given.run / "stages/assistant"), device, bf16)
+    teacher = prepared(
+        AutoModelForSequenceClassification.from_pretrained(given.teacher or given.run / "stages/teacher"), device, bf16
     )
     data = prepare_data(
         DataArguments(dataset=given.data, dataset_config=given.task, **SPLITS.get(given.task, {})),
@@ -257,6 +241,7 @@ def main() -> None:
                 steps=given.steps,
                 learning_rate=given.learning_rate,
                 seed=seed,
+                device=device,
                 bf16=bf16,
             )
             rows[name] = {**setting.report(RUNS[variant](setting)), "steps": given.steps}

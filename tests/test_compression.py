@@ -44,6 +44,7 @@ def few_steps(rows: int, num_attention_heads: int) -> Recipe:
         teacher=Phase(1, 1e-3, max_steps=4),
         assistant_representation=Phase(1, 1e-3, max_steps=2),
         assistant_prediction=Phase(1, 1e-3, max_steps=3),
+        assistant_representation_weight=1.0,
         interval=Phase(1, 1e-3, max_steps=2, representation_only_ratio=0.5),
         interval_growth=0.1,
         events=2,

@@ -19,7 +19,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -39,6 +38,7 @@ from .checksums import fingerprint, fingerprint_of
 from .compression_args import CompressionArguments, CompressionPlan
 from .conversion import check_same_shape, convert_config, convert_from_stock
 from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
+from .distillation import answers, bf16_pays, importance_against, prepared, random_batches, training_arguments
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     checkpoint_bytes,
@@ -51,10 +51,9 @@ from .efficiency import (
 from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig
 from .importance import compute_importance
-from .losses import importance_loss, task_loss
+from .losses import task_loss
 from .metrics import check_metric, default_metric
 from .metrics import compute_metrics as metrics_of
-from .modeling_costeff import CostEffForSequenceClassification
 from .recipes import RECIPES, Phase, Recipe
 from .report import CompressionResult, describe_hardware, write_report
 from .slenderization import (
@@ -160,7 +159,7 @@ class Compression:
         self.teacher_config = teacher.config if teacher is not None else load_config(arguments.teacher)
         self.full_config = convert_config(self.teacher_config, exit_layers=arguments.exit_layers)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = {"auto": _bf16_pays(self.device), "fp32": False, "bf16": True}[arguments.precision]
+        self.bf16 = {"auto": bf16_pays(self.device), "fp32": False, "bf16": True}[arguments.precision]
 
     # The plan
 
@@ -377,7 +376,7 @@ class Compression:
             best=True,
             task_weight=0.5 if labelled else 0.0,
             soft_label_weight=0.5 if labelled else 1.0,
-            representation_weight=0.0,
+            representation_weight=self.recipe.assistant_representation_weight,
             class_weights=self._class_weights(),
         )
 
@@ -388,7 +387,26 @@ class Compression:
         rate = recipe.interval.learning_rate * (1 + recipe.interval_growth) ** (number - 1)
         phase = dataclasses.replace(recipe.interval, learning_rate=rate)
         model, record = self._distil(name, model, assistant, phase, evaluate=False)
-        importance = compute_importance(model, self._scored_batches(name), self._importance_loss(assistant))
+        uneven = self.arguments.allocation == "uneven"
+        importance = compute_importance(
+            model,
+            random_batches(
+                self.data.train,
+                self.collator,
+                rows=recipe.importance_rows,
+                batch_size=self.arguments.batch_size or recipe.batch_size,
+                device=self.device,
+                seed=self.arguments.seed,
+                description=f"Importance, {name}",
+            ),
+            importance_against(
+                Teacher(assistant, self.full_config),
+                self.data.problem_type,
+                device=self.device,
+                bf16=self.bf16,
+                gradient_equilibrium=False if uneven else None,
+            ),
+        )
         plan = ALLOCATIONS[self.arguments.allocation](importance, widths)
         slim = slenderize(model, plan)
         reached = describe_widths(Widths.of(slim.config))
@@ -401,9 +419,7 @@ class Compression:
     # What stages share
 
     def _prepared(self, model: PreTrainedModel) -> PreTrainedModel:
-        if self.bf16 and self.device.type == "cpu":
-            model.set_attn_implementation("eager")  # measured: bf16 sdpa is slow on CPUs
-        return model.to(self.device)
+        return prepared(model, self.device, self.bf16)
 
     def _load(self, stage: str) -> PreTrainedModel:
         return self._prepared(
@@ -436,19 +452,15 @@ class Compression:
         batch_size = self.arguments.batch_size or self.recipe.batch_size
         steps = phase.steps(len(self.data.train), batch_size)
         every = max(50, -(-steps // 5))
-        return kind(
-            output_dir=str(self.store.working_dir(stage)),
-            max_steps=steps,
-            per_device_train_batch_size=max(1, batch_size // max(1, torch.cuda.device_count())),
-            per_device_eval_batch_size=64,
+        return training_arguments(
+            kind,
+            str(self.store.working_dir(stage)),
+            steps=steps,
             learning_rate=phase.learning_rate,
-            warmup_steps=0.1,
-            weight_decay=0.01,
-            train_sampling_strategy="group_by_length",
+            batch_size=batch_size,
+            device=self.device,
             bf16=self.bf16,
-            use_cpu=self.device.type == "cpu",
             seed=self.arguments.seed,
-            logging_steps=max(1, steps // 10),
             save_strategy="steps",
             save_steps=every,
             save_total_limit=2,
@@ -457,7 +469,6 @@ class Compression:
             load_best_model_at_end=best_by is not None,
             metric_for_best_model=best_by,
             greater_is_better=None if best_by is None else True,
-            report_to="none",
             **extra,
         )
 
@@ -512,40 +523,6 @@ class Compression:
         logits = collect_exit_logits(teacher, rows, self.collator, description="Labelling").logits[:, -1]
         return rows.add_column("labels", answers(logits, self.data.problem_type).tolist())
 
-    def _scored_batches(self, stage: str) -> Iterator[dict[str, Tensor]]:
-        """Random training batches for an importance pass, under a progress bar."""
-        batch_size = self.arguments.batch_size or self.recipe.batch_size
-        total = len(self.data.train)
-        rows = np.random.default_rng(self.arguments.seed).permutation(total)[: self.recipe.importance_rows or total]
-        for start in tqdm(range(0, len(rows), batch_size), desc=f"Importance, {stage}", leave=False):
-            batch = self.collator([self.data.train[int(row)] for row in rows[start : start + batch_size]])
-            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-    def _importance_loss(self, assistant: PreTrainedModel) -> Callable[[CostEffForSequenceClassification, Any], Tensor]:
-        """Exit-aware importance against the assistant; rows without labels are scored on the assistant's answers."""
-        uneven = self.arguments.allocation == "uneven"
-        teacher, kind = Teacher(assistant, self.full_config), self.data.problem_type
-
-        def loss(model: CostEffForSequenceClassification, batch: dict[str, Tensor]) -> Tensor:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                signals = teacher.signals(inputs, hidden_states=True)
-                outputs = model(**inputs, output_hidden_states=True, gradient_equilibrium=False if uneven else None)
-            labels = batch.get("labels")
-            if labels is None:
-                labels = answers(signals.exit_logits[-1], kind)
-            return importance_loss(
-                outputs.exit_logits,
-                signals.exit_logits,
-                outputs.hidden_states,
-                signals.hidden_states,
-                labels,
-                inputs.get("attention_mask"),
-                kind,
-            )
-
-        return loss
-
     # The report
 
     def _choose_exits(self, slim: PreTrainedModel) -> ExitConfig:
@@ -559,6 +536,7 @@ class Compression:
             max_metric_drop=self.arguments.max_metric_drop,
             target_speedup=self.arguments.target_speedup,
             reference_flops=float(np.mean([stock_flops(self.teacher_config, length) for length in lengths])),
+            fit_temperatures=False,
         )
 
     def _report(
@@ -614,18 +592,3 @@ def load_config(name: str) -> PreTrainedConfig:
 def _resolved(name: str | None) -> str | None:
     """A local path in one spelling; anything else as it is."""
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
-
-
-def answers(logits: Tensor, problem_type: str) -> Tensor:
-    """What logits of shape (batch, labels) answer: classes (batch,), 0/1 (batch, labels), or values (batch,)."""
-    if problem_type == REGRESSION:
-        return logits[:, 0]
-    return (logits > 0).float() if problem_type == MULTI_LABEL else logits.argmax(dim=-1)
-
-
-def _bf16_pays(device: torch.device) -> bool:
-    """Whether mixed precision is native: bf16 instructions on a CPU, or a GPU that has it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

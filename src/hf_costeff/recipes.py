@@ -45,6 +45,7 @@ class Recipe:
         teacher: Fine-tuning, if the teacher came without a classification head.
         assistant_representation: Assistant on the teacher's hidden states.
         assistant_prediction: Assistant's exits on the teacher's predictions and the true labels, half each.
+        assistant_representation_weight: Of the teacher's hidden states in that phase, beside the predictions.
         interval: One interval of the iterative slenderization; an event follows each.
         interval_growth: r in learning rate * (1 + r)^n for the interval before event n + 1.
         events: Slenderization events; `None`: one per head, as the paper.
@@ -59,6 +60,7 @@ class Recipe:
     teacher: Phase
     assistant_representation: Phase
     assistant_prediction: Phase
+    assistant_representation_weight: float
     interval: Phase
     interval_growth: float
     events: int | None
@@ -81,6 +83,7 @@ def fast_recipe(rows: int, num_attention_heads: int) -> Recipe:
         teacher=Phase(3, 5e-5, min_steps=400),
         assistant_representation=Phase(0, 0),
         assistant_prediction=Phase(1, 1e-4, min_steps=400, max_steps=2000),
+        assistant_representation_weight=1.0,
         interval=Phase(0.2, 1e-4, min_steps=60, max_steps=300, representation_only_ratio=0.7),
         interval_growth=1.0,
         events=3,
@@ -123,6 +126,7 @@ def paper_recipe(rows: int, num_attention_heads: int) -> Recipe:
         teacher=Phase(tuning, 2e-5),
         assistant_representation=Phase(tuning // 3, 2e-5),
         assistant_prediction=Phase(tuning, 2e-5),
+        assistant_representation_weight=0.0,
         interval=Phase(interval, 1e-5, representation_only_ratio=0.5 if size == 0 else 0.7),
         interval_growth=0.12,
         events=None,
