@@ -257,9 +257,11 @@ def test_the_same_command_goes_on_after_a_stop_and_ends_with_the_same_model(stop
 def test_a_finished_run_is_not_repeated_and_takes_another_goal_without_training(teacher, finished):
     before = state_of(finished.model_path)
     with pytest.MonkeyPatch.context() as patch:
-        trained = watch_stages(patch)
+        trained, said = watch_stages(patch), []
+        patch.setattr(hf_costeff.compression.logger, "warning", said.append)
         again = compress(teacher, make_data(), finished.model_path, compression=2, target_speedup=0.5, **SPLIT)
     assert trained == []
+    assert said == [f"Going on in {finished.model_path}; done before: {', '.join(STAGES)}."]
     assert all(torch.equal(tensor, before[key]) for key, tensor in state_of(again.model_path).items())
     config = json.loads((again.model_path / "config.json").read_text())
     assert config["exit_config"]["calibration"]["goal"] == {"target_speedup": 0.5}

@@ -107,7 +107,7 @@ def write(data: Dataset, path) -> str:
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
 def test_every_file_format_gives_the_same_rows(ending, tmp_path):
     train, validation = rows(6), rows(4, seed=1)
-    splits = load_splits(
+    splits, _ = load_splits(
         DataArguments(
             train_file=write(train, tmp_path / f"t{ending}"), validation_file=write(validation, tmp_path / f"v{ending}")
         )
@@ -119,7 +119,7 @@ def test_every_file_format_gives_the_same_rows(ending, tmp_path):
 
 def test_csv_texts_such_as_null_stay_texts_and_empty_cells_become_empty_texts(tmp_path):
     (tmp_path / "t.csv").write_text("text,label\nNA,0\n,1\nnull,0\nNone,1\n", encoding="utf-8")
-    splits = load_splits(
+    splits, _ = load_splits(
         DataArguments(train_file=str(tmp_path / "t.csv"), validation_file=str(tmp_path / "t.csv")),
     )
     assert splits["train"]["text"][:] == ["NA", "", "null", "None"]
@@ -127,7 +127,7 @@ def test_csv_texts_such_as_null_stay_texts_and_empty_cells_become_empty_texts(tm
 
 def test_quotation_marks_in_a_tsv_are_text(tmp_path):
     (tmp_path / "t.tsv").write_text('text\tlabel\n"well\t0\nsaid " he\t1\n', encoding="utf-8")
-    splits = load_splits(
+    splits, _ = load_splits(
         DataArguments(train_file=str(tmp_path / "t.tsv"), validation_file=str(tmp_path / "t.tsv")),
     )
     assert splits["train"]["text"][:] == ['"well', 'said " he']
@@ -148,7 +148,7 @@ def make_folder(folder) -> str:
 
 
 def test_a_folder_with_configurations_loads_and_dev_serves_as_validation(tmp_path):
-    splits = load_splits(DataArguments(dataset=make_folder(tmp_path / "set"), dataset_config="two"))
+    splits, _ = load_splits(DataArguments(dataset=make_folder(tmp_path / "set"), dataset_config="two"))
     assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 4}
     assert splits["validation"].to_dict() == rows(4, seed=1).to_dict()
 
@@ -161,15 +161,15 @@ def test_a_missing_configuration_is_refused_with_those_that_exist(config, tmp_pa
 
 def test_a_folder_from_save_to_disk_loads(tmp_path):
     DatasetDict({"train": rows(6), "validation": rows(4, seed=1)}).save_to_disk(tmp_path / "set")
-    assert len(load_splits(str(tmp_path / "set"))["validation"]) == 4
+    assert len(load_splits(str(tmp_path / "set"))[0]["validation"]) == 4
 
 
 def test_splits_are_taken_by_the_names_given():
     data = DatasetDict({"big": rows(6), "test": rows(5, seed=1), "cal": rows(4, seed=2), "dev": rows(3, seed=3)})
-    splits = load_splits(data, DataArguments(train_split="big", calibration_split="cal", validation_split="test"))
+    splits, _ = load_splits(data, DataArguments(train_split="big", calibration_split="cal", validation_split="test"))
     assert {name: len(split) for name, split in splits.items()} == {"train": 6, "calibration": 4, "validation": 5}
-    assert len(load_splits(data, DataArguments(train_split="big"))["validation"]) == 3
-    assert len(load_splits(data, DataArguments(train_split="big", calibration_split="dev"))["validation"]) == 5
+    assert len(load_splits(data, DataArguments(train_split="big"))[0]["validation"]) == 3
+    assert len(load_splits(data, DataArguments(train_split="big", calibration_split="dev"))[0]["validation"]) == 5
 
 
 def test_what_is_not_there_is_refused_with_what_is(tmp_path):
@@ -199,12 +199,12 @@ def test_an_empty_dataset_is_refused_by_split(tmp_path):
         load_splits(DataArguments(train_file=str(tmp_path / "t.csv")))
 
 
-def test_without_a_validation_split_one_is_cut_from_train_with_a_warning(caplog):
+def test_without_a_validation_split_one_is_cut_from_train_with_a_warning(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
-        splits = load_splits(rows(40))
+        raw = prepare_data(rows(40), tokenizer, max_positions=16).raw
     assert "There is no validation split: 10 rows were cut from train" in caplog.text
-    assert len(splits["train"]) == 30 and len(splits["validation"]) == 10
-    assert overlap(splits["train"]["text"], splits["validation"]["text"]) == []
+    assert len(raw["validation"]) == 10 and len(raw["train"]) + len(raw["calibration"]) == 30
+    assert overlap(raw["train"]["text"], raw["validation"]["text"]) == []
 
 
 # --- the cut
@@ -439,12 +439,10 @@ def test_unlabelled_training_text_is_prepared_with_labels_to_report_on(tokenizer
     assert prepared.validation["labels"][:] == data["validation"]["label"][:]
 
 
-def test_validation_without_labels_is_refused_unless_allowed(tokenizer):
+def test_validation_without_labels_is_refused(tokenizer):
     data = DatasetDict({"train": rows(40), "validation": rows(10, seed=1).remove_columns("label")})
     with pytest.raises(ValueError, match=r"validation rows have no label column.*`validation_split`"):
         prepare_data(data, tokenizer, max_positions=16)
-    prepared = prepare_data(data, tokenizer, max_positions=16, require_validation_labels=False)
-    assert "labels" not in prepared.validation.column_names
 
 
 def test_a_class_without_training_rows_is_warned_of(tokenizer, caplog):

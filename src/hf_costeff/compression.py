@@ -211,6 +211,8 @@ class Compression:
         self.recipe: Recipe = RECIPES[self.arguments.recipe](len(self.data.train), max(plan.widths.num_attention_heads))
         stages = list(self._stages(plan.widths, loaded_teacher))
         self.store = StageStore(self.arguments.output_dir, self._settings())
+        if finished := [stage.name for stage in stages if self.store.is_finished(stage.name)]:
+            logger.warning(f"Going on in {self.arguments.output_dir}; done before: {', '.join(finished)}.")
         for stage in (bar := tqdm(stages, desc="Stages")):
             bar.set_postfix_str(stage.name)
             if not self.store.is_finished(stage.name):

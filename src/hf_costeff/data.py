@@ -145,26 +145,30 @@ class PreparedData:
 
 def load_splits(
     data: DataArguments | DatasetDict | Dataset | str, arguments: DataArguments | None = None
-) -> DatasetDict:
-    """The splits `train`, `validation` and, if one is named, `calibration`, whatever they are called at the source.
+) -> tuple[DatasetDict, DataArguments]:
+    """The splits `train` and, where there are such, `validation` and `calibration`, whatever the source calls them.
 
     Works offline for plain files, for folders with a `configs:` block in their README and for `save_to_disk` folders.
-    Without a validation split or file, one is cut from train by `hold_out`, with a warning.
 
     Args:
         data: Arguments, a loaded dataset, or a Hub id, folder or file.
         arguments: Splits, columns and seed to use when `data` is not itself a `DataArguments`.
+
+    Returns:
+        The splits, and the arguments that were used.
 
     Raises:
         ValueError: A dataset, configuration, file or split that is not there (the message says what is), or no rows.
         TypeError: `data` is of another kind, e.g. a streaming dataset.
     """
     dataset, arguments = open_dataset(data, arguments)
-    splits = _named_splits(dataset, arguments)
-    if "validation" not in splits:
-        columns = find_columns(splits["train"], arguments.text_columns, arguments.label_column)
-        splits = _cut(splits, "validation", columns, None, arguments.data_seed)
-    return splits
+    wanted = {"train": arguments.train_split, "calibration": arguments.calibration_split}
+    if arguments.train_file:
+        wanted["train"] = "train"
+    names = (name for name in VALIDATION_NAMES if name in dataset and name not in wanted.values())
+    wanted["validation"] = arguments.validation_split or next(names, None)
+    splits = {role: _pick(dataset, name, f"{role}_split") for role, name in wanted.items() if name is not None}
+    return DatasetDict(splits), arguments
 
 
 def open_dataset(
@@ -294,7 +298,6 @@ def prepare_data(
     arguments: DataArguments | None = None,
     teacher_config: PreTrainedConfig | None = None,
     max_positions: int,
-    require_validation_labels: bool = True,
 ) -> PreparedData:
     """Train, calibration and validation, checked, cut without overlap, labelled in the model's order and tokenised.
 
@@ -304,14 +307,12 @@ def prepare_data(
         arguments: As at `load_splits`.
         teacher_config: As at `resolve_labels`.
         max_positions: Longest row the model can take, in tokens (without RoBERTa's position offset).
-        require_validation_labels: Whether a validation split without labels is an error; a report needs them.
 
     Raises:
         ValueError: Anything wrong with the data; see the single steps.
         TypeError: As at `load_splits`.
     """
-    dataset, arguments = open_dataset(data, arguments)
-    splits = _named_splits(dataset, arguments)
+    splits, arguments = load_splits(data, arguments)
     columns = find_columns(splits["train"], arguments.text_columns, arguments.label_column)
     labels = resolve_labels(splits["train"], columns, teacher_config)
     if columns.label is None and "validation" in splits:  # unlabelled train, labels to report on
@@ -319,7 +320,7 @@ def prepare_data(
         labels = resolve_labels(splits["validation"], columns, teacher_config)
     raw = DatasetDict({name: encode_labels(split, columns, labels, name) for name, split in splits.items()})
     raw, notes = _complete(raw, columns, arguments)
-    _check_labelled(raw, labels, require_validation_labels)
+    _check_labelled(raw, labels)
     max_length = resolve_max_length(tokenizer, arguments.max_length, max_positions, len(columns.text) == 2)
     tokens = {name: _tokenize(split, tokenizer, columns, max_length) for name, split in raw.items()}
     notes["truncated_rows"] = {name: cut for name, (_, cut) in tokens.items()}
@@ -458,19 +459,6 @@ def _open_named(name: str, config: str | None) -> DatasetDict:
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
 
-def _named_splits(dataset: DatasetDict, arguments: DataArguments) -> DatasetDict:
-    wanted = {"train": arguments.train_split, "calibration": arguments.calibration_split}
-    if arguments.train_file:
-        wanted["train"] = "train"
-    names = (name for name in VALIDATION_NAMES if name in dataset and name not in wanted.values())
-    wanted["validation"] = arguments.validation_split or next(names, None)
-    splits = DatasetDict()
-    for role, name in wanted.items():
-        if name is not None:
-            splits[role] = _pick(dataset, name, f"{role}_split")
-    return splits
-
-
 def _pick(dataset: DatasetDict, name: str, flag: str) -> Dataset:
     if name not in dataset:
         raise ValueError(f"`{flag}` is {name!r}, but the splits are: {', '.join(dataset)}. Name one of them.")
@@ -512,8 +500,8 @@ def _complete(raw: DatasetDict, columns: Columns, arguments: DataArguments) -> t
     return raw, notes
 
 
-def _check_labelled(raw: DatasetDict, labels: LabelInfo, require_validation_labels: bool) -> None:
-    if require_validation_labels and "labels" not in raw["validation"].column_names:
+def _check_labelled(raw: DatasetDict, labels: LabelInfo) -> None:
+    if "labels" not in raw["validation"].column_names:
         raise ValueError(
             "The validation rows have no label column, so nothing can be reported. Name a labelled split with "
             "`validation_split` (or `validation_file`), or the column with `label_column`."
