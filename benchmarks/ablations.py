@@ -160,17 +160,8 @@ def squat(setting: Setting) -> CostEffForSequenceClassification:
     """Half the layers, each wider, at the same parameters; layer l answers to the assistant's layer 2l."""
     scores, source = setting.importance(slice(None)), setting.assistant
     kept = source.config.num_hidden_layers // 2
-    config = copy.deepcopy(source.config)
-    config.num_hidden_layers, config.exit_layers = kept, list(range(1, kept + 1))
-    config.num_attention_heads, config.intermediate_size = (
-        config.num_attention_heads[:kept],
-        config.intermediate_size[:kept],
-    )
-    shallow = CostEffForSequenceClassification(config)
-    shallow.load_state_dict({name: source.state_dict()[name] for name in shallow.state_dict()})
-    model = setting.slim(
-        shallow.to(setting.device), Importance(scores.head_importance[:kept], scores.neuron_importance[:kept])
-    )
+    halved = Importance(scores.head_importance[:kept], scores.neuron_importance[:kept])
+    model = setting.slim(source.truncate(kept), halved)
     setting.train(model, source, setting.steps)
     return model
 

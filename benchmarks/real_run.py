@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_costeff import CostEffConfig, ExitConfig, compress
-from hf_costeff.calibration import ExitLogits, choose_exit_config, exit_outcome
+from hf_costeff.calibration import ExitLogits, ExitSearch, choose_exit_config, exit_outcome
 from hf_costeff.data import DataArguments, make_collator, prepare_data
 from hf_costeff.efficiency import PAPER_SEQ_LENGTH, stock_flops
 from hf_costeff.evaluation import collect_exit_logits
@@ -130,7 +130,10 @@ def best_at_flops(
         dataclasses.replace(records, seq_lengths=torch.full_like(records.seq_lengths, PAPER_SEQ_LENGTH))
         for records in (calibration, validation)
     )
-    settings = choose_exit_config(calibration, config, metric, target_speedup=1.0, reference_flops=budget)
+    search = ExitSearch(fit_temperatures=False)  # as compress chooses
+    settings = choose_exit_config(
+        calibration, config, metric, target_speedup=1.0, reference_flops=budget, search=search
+    )
     outcome = exit_outcome(validation, settings, config, metric)
     return {
         "metric": metric,

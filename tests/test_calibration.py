@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import time
+from functools import partial
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from helpers import tiny_config
 from hf_costeff.calibration import (
     ExitLogits,
+    ExitReplay,
+    ExitSearch,
     candidate_settings,
     choose_exit_config,
     exit_curve,
     exit_outcome,
+    fit_temperatures,
 )
-from hf_costeff.exit_criteria import ExitConfig
+from hf_costeff.exit_criteria import ExitConfig, simulate_exits
+from hf_costeff.guarantees import split_rows
+
+choose = partial(choose_exit_config, search=ExitSearch(fit_temperatures=False))  # thresholds worked by hand
 
 CONFIG = tiny_config(num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=2)
 LENGTH = 8
@@ -124,7 +137,7 @@ def test_a_metric_needs_labels():
     ],
 )
 def test_the_boldest_threshold_within_the_drop_is_chosen(drop, threshold, accuracy, layer):
-    settings = choose_exit_config(records_of(ROWS), CONFIG, "accuracy", max_metric_drop=drop)
+    settings = choose(records_of(ROWS), CONFIG, "accuracy", max_metric_drop=drop)
     assert (settings.criterion, settings.threshold) == ("entropy", threshold)
     _, _, flops = plain_outcome(ROWS, threshold)
     assert settings.calibration == {
@@ -133,6 +146,7 @@ def test_the_boldest_threshold_within_the_drop_is_chosen(drop, threshold, accura
         "rows": 10,
         "full_depth": 1.0,
         "early_exit": pytest.approx(accuracy),
+        "disagreement": pytest.approx(1 - accuracy),  # the last exit is always right
         "mean_exit_layer": pytest.approx(layer),
         "speedup_over_full_depth": pytest.approx(FULL_DEPTH / flops),
     }
@@ -143,12 +157,12 @@ def test_a_bolder_threshold_does_not_count_if_a_more_careful_one_drops_too_much(
     records = records_of(ROWS, last_right=[True] * 5 + [False] * 3 + [True] * 2)
     assert exit_outcome(records, ExitConfig(threshold=0.72), CONFIG, "accuracy").metric == pytest.approx(0.9)
     assert exit_outcome(records, None, CONFIG, "accuracy").metric == pytest.approx(0.7)
-    settings = choose_exit_config(records, CONFIG, "accuracy", max_metric_drop=0.0)
+    settings = choose(records, CONFIG, "accuracy", max_metric_drop=0.0)
     assert settings.threshold == 0.285
 
 
 def test_if_the_first_exit_is_useless_nobody_leaves():
-    settings = choose_exit_config(records_of([(0.999999, False)] * 6), CONFIG, "accuracy", max_metric_drop=0.0)
+    settings = choose(records_of([(0.999999, False)] * 6), CONFIG, "accuracy", max_metric_drop=0.0)
     assert settings.calibration["mean_exit_layer"] == 2.0
     outcome = exit_outcome(records_of([(0.999999, False)] * 6), settings, CONFIG, "accuracy")
     assert outcome.mean_exit_layer == 2.0 and outcome.metric == 1.0
@@ -161,7 +175,7 @@ FINE_GRID = [step / 5000 for step in range(5001)]
 
 @pytest.mark.parametrize("target", [0.5, 1.0, 1.1, 1.3, 1.6, 1.9])
 def test_the_most_careful_threshold_that_reaches_the_speed_up_is_chosen(target):
-    settings = choose_exit_config(records_of(ROWS), CONFIG, "accuracy", target_speedup=target)
+    settings = choose(records_of(ROWS), CONFIG, "accuracy", target_speedup=target)
     careful = next(t for t in FINE_GRID if FULL_DEPTH / plain_outcome(ROWS, t)[2] >= target)
     assert plain_outcome(ROWS, settings.threshold) == pytest.approx(plain_outcome(ROWS, careful))
     assert settings.calibration["goal"] == {"target_speedup": target}
@@ -170,7 +184,7 @@ def test_the_most_careful_threshold_that_reaches_the_speed_up_is_chosen(target):
 
 def test_the_speed_up_may_be_measured_against_a_teacher():
     reference = 5.0 * FULL_DEPTH
-    settings = choose_exit_config(records_of(ROWS), CONFIG, "accuracy", target_speedup=6.0, reference_flops=reference)
+    settings = choose(records_of(ROWS), CONFIG, "accuracy", target_speedup=6.0, reference_flops=reference)
     careful = next(t for t in FINE_GRID if reference / plain_outcome(ROWS, t)[2] >= 6.0)
     assert plain_outcome(ROWS, settings.threshold) == pytest.approx(plain_outcome(ROWS, careful))
     assert settings.calibration["speedup_over_full_depth"] == pytest.approx(
@@ -181,8 +195,8 @@ def test_the_speed_up_may_be_measured_against_a_teacher():
 def test_a_speed_up_out_of_reach_says_the_largest():
     largest = FULL_DEPTH / flops_at(1, 1)
     with pytest.raises(ValueError, match=f"speed-up of 30 cannot be reached: .* it is {largest:.2f}"):
-        choose_exit_config(records_of(ROWS), CONFIG, "accuracy", target_speedup=30)
-    exactly = choose_exit_config(records_of(ROWS), CONFIG, "accuracy", target_speedup=largest)
+        choose(records_of(ROWS), CONFIG, "accuracy", target_speedup=30)
+    exactly = choose(records_of(ROWS), CONFIG, "accuracy", target_speedup=largest)
     assert exactly.calibration["mean_exit_layer"] == 1.0
 
 
@@ -196,7 +210,7 @@ def test_multi_label_leaves_by_its_least_sure_label():
     last = [[sure, -sure], [sure, -sure], [-sure, sure]]
     logits = torch.tensor([[a, a, a, b] for a, b in zip(first, last, strict=True)])
     records = ExitLogits(logits, torch.full((3,), LENGTH), torch.tensor([[1, 0], [1, 0], [0, 1]]))
-    settings = choose_exit_config(records, config, "accuracy", max_metric_drop=0.0)
+    settings = choose(records, config, "accuracy", max_metric_drop=0.0)
     assert settings.calibration["early_exit"] == settings.calibration["full_depth"] == 1.0
     assert settings.calibration["mean_exit_layer"] == pytest.approx((1 + 4 + 4) / 3)
 
@@ -227,7 +241,7 @@ def plain_regression_exits(tolerance: float) -> list[int]:
 
 def test_regression_is_calibrated_by_patience_with_a_tolerance_in_label_units():
     config = tiny_config(num_labels=1)
-    settings = choose_exit_config(regression_records(), config, "spearman", max_metric_drop=0.0)
+    settings = choose(regression_records(), config, "spearman", max_metric_drop=0.0)
     assert (settings.criterion, settings.patience, settings.threshold) == ("patience", 1, None)
     assert settings.tolerance > 0
     expected = [(1, 2, 3, 4)[index] for index in plain_regression_exits(settings.tolerance)]
@@ -243,7 +257,7 @@ def test_regression_is_calibrated_by_patience_with_a_tolerance_in_label_units():
 
 def test_regression_reaches_a_speed_up_at_the_most_careful_tolerance():
     config = tiny_config(num_labels=1)
-    settings = choose_exit_config(regression_records(), config, "spearman", target_speedup=1.2)
+    settings = choose(regression_records(), config, "spearman", target_speedup=1.2)
     careful = [
         c.tolerance for c in candidate_settings(regression_records(), "regression") if c.tolerance < settings.tolerance
     ]
@@ -261,7 +275,7 @@ def test_with_the_boldest_tolerance_every_row_leaves_as_early_as_it_can():
 
 def test_a_lower_mean_squared_error_is_no_drop_and_a_higher_one_is():
     config = tiny_config(num_labels=1)
-    settings = choose_exit_config(regression_records(), config, "mse", max_metric_drop=0.1)
+    settings = choose(regression_records(), config, "mse", max_metric_drop=0.1)
     assert settings.calibration["full_depth"] == 0.0
     assert settings.calibration["early_exit"] <= 0.001
 
@@ -272,7 +286,7 @@ def test_a_model_with_one_exit_has_nothing_to_choose_and_says_full_depth(num_lab
     labels = torch.tensor([0.0, 1.0, 0.0]) if num_labels == 1 else torch.tensor([0, 1, 0])
     logits = torch.randn(3, 1, num_labels, generator=torch.Generator().manual_seed(0))
     records = ExitLogits(logits, torch.full((3,), LENGTH), labels)
-    settings = choose_exit_config(records, config, metric, max_metric_drop=0.0)
+    settings = choose(records, config, metric, max_metric_drop=0.0)
     assert settings.calibration["mean_exit_layer"] == 4.0
 
 
@@ -282,8 +296,10 @@ def test_a_model_with_one_exit_has_nothing_to_choose_and_says_full_depth(num_lab
 @pytest.mark.parametrize(
     ("goal", "message"),
     [
-        ({}, "`max_metric_drop` is None and `target_speedup` is None. Give exactly one"),
-        ({"max_metric_drop": 1.0, "target_speedup": 2.0}, "Give exactly one"),
+        ({}, "Goals given: none. Give exactly one of `max_accuracy_drop`, `max_metric_drop`, `max_disagreement`"),
+        ({"max_metric_drop": 1.0, "target_speedup": 2.0}, "`max_metric_drop` = 1, `target_speedup` = 2. Give exactly"),
+        ({"max_accuracy_drop": -1.0}, r"`max_accuracy_drop` is -1\.0\. It must be 0 or more"),
+        ({"max_disagreement": math.nan}, "`max_disagreement` is nan"),
         ({"max_metric_drop": -0.5}, r"`max_metric_drop` is -0\.5\. It must be 0 or more, in points"),
         ({"max_metric_drop": math.nan}, "`max_metric_drop` is nan"),
         ({"target_speedup": 0.0}, r"`target_speedup` is 0\.0\. It must be above 0"),
@@ -292,7 +308,7 @@ def test_a_model_with_one_exit_has_nothing_to_choose_and_says_full_depth(num_lab
 )
 def test_exactly_one_goal_in_its_range_is_needed(goal, message):
     with pytest.raises(ValueError, match=message):
-        choose_exit_config(records_of(ROWS), CONFIG, "accuracy", **goal)
+        choose(records_of(ROWS), CONFIG, "accuracy", **goal)
 
 
 def test_rows_without_labels_or_no_rows_are_refused():
@@ -302,14 +318,353 @@ def test_rows_without_labels_or_no_rows_are_refused():
         ExitLogits(records.logits[:0], records.seq_lengths[:0], records.labels[:0]),
     ):
         with pytest.raises(ValueError, match="needs held-out rows with labels, and there are none"):
-            choose_exit_config(bad, CONFIG, "accuracy", max_metric_drop=1.0)
+            choose(bad, CONFIG, "accuracy", max_metric_drop=1.0)
 
 
 def test_an_unknown_metric_is_refused_naming_the_known_ones():
     with pytest.raises(ValueError, match=r"'bleu'.*accuracy, f1, matthews"):
-        choose_exit_config(records_of(ROWS), CONFIG, "bleu", max_metric_drop=1.0)
+        choose(records_of(ROWS), CONFIG, "bleu", max_metric_drop=1.0)
 
 
 def test_the_settings_are_plain_values_that_survive_json():
-    settings = choose_exit_config(records_of(ROWS), CONFIG, "accuracy", max_metric_drop=0.0)
+    settings = choose(records_of(ROWS), CONFIG, "accuracy", max_metric_drop=0.0)
     assert ExitConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_a_regression_model_has_no_accuracy_and_no_answer_to_disagree_with():
+    for goal in ("max_accuracy_drop", "max_disagreement"):
+        with pytest.raises(ValueError, match=rf"`{goal}` is 1, and this is a regression model.* Use `max_metric_drop`"):
+            choose(regression_records(), tiny_config(num_labels=1), "spearman", **{goal: 1.0})
+
+
+def test_an_accuracy_goal_and_another_metric_contradict_each_other():
+    with pytest.raises(ValueError, match=r"`max_accuracy_drop` is 1, and the metric is 'f1'. Use `max_metric_drop`"):
+        choose(records_of(ROWS), CONFIG, "f1", max_accuracy_drop=1.0)
+
+
+def test_logits_that_are_not_finite_are_refused_naming_the_row():
+    records = records_of(ROWS)
+    records.logits[3, 1, 0] = math.nan
+    with pytest.raises(ValueError, match=r"The logits of row 3 hold nan at exit layer 2. They must be finite"):
+        choose(records, CONFIG, "accuracy", max_metric_drop=1.0)
+
+
+def test_rows_of_one_class_serve_no_accuracy_goal_and_no_temperature():
+    records = population(50)
+    one = dataclasses.replace(records, labels=torch.ones_like(records.labels))
+    with pytest.raises(ValueError, match="All 50 rows have class 1"):
+        choose(one, DEEP, "accuracy", max_accuracy_drop=1.0)
+    with pytest.raises(ValueError, match="All 50 rows have class 1"):
+        choose_exit_config(one, DEEP, "accuracy", max_disagreement=1.0)
+    assert choose(one, DEEP, "accuracy", max_disagreement=1.0).calibration["rows"] == 50
+
+
+def test_temperatures_need_twenty_rows():
+    with pytest.raises(ValueError, match=r"There are 19 rows to fit temperatures on, and it takes 20"):
+        choose_exit_config(population(19), DEEP, "accuracy", max_disagreement=1.0)
+
+
+def test_an_unknown_criterion_is_refused_naming_the_known_ones():
+    with pytest.raises(ValueError, match=r"`criterion` is 'luck'. It must be one of entropy"):
+        ExitSearch("luck")
+
+
+def test_patience_has_no_threshold_per_exit():
+    with pytest.raises(ValueError, match=r"Patience has one limit for all exits.* Leave `per_exit` out"):
+        choose(population(50), DEEP, "accuracy", max_disagreement=1.0, search=ExitSearch("patience", per_exit=True))
+
+
+# --- rows whose exits grow surer with depth
+
+DEEP = tiny_config(num_hidden_layers=4, num_labels=3)
+CRITERIA = ["entropy", "entropy_nats", "confidence", "margin", "patience"]
+
+
+def population(rows: int, seed: int = 0, labels: int = 3, exits: int = 4) -> ExitLogits:
+    """Rows of uneven difficulty; deeper exits are surer and more often right."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(0, labels, (rows,), generator=generator)
+    ease = torch.rand(rows, 1, generator=generator)
+    logits = torch.randn(rows, exits, labels, generator=generator)
+    logits[torch.arange(rows), :, truth] += torch.linspace(1.0, 4.0, exits) * (0.4 + 1.5 * ease)
+    lengths = torch.randint(2, 20, (rows,), generator=generator)
+    return ExitLogits(logits, lengths, truth, torch.randint(2**60, (rows,), generator=generator).tolist())
+
+
+def reordered(records: ExitLogits, order: list[int]) -> ExitLogits:
+    keys = [records.row_keys[row] for row in order]
+    return ExitLogits(records.logits[order], records.seq_lengths[order], records.labels[order], keys)
+
+
+@pytest.mark.parametrize("per_exit", [False, True])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_replaying_equals_simulating_each_setting(criterion, per_exit):
+    if per_exit and criterion == "patience":
+        return
+    records = population(300)
+    replay = ExitReplay(records, DEEP)
+    losses = replay.losses("max_disagreement") if per_exit else None
+    path = candidate_settings(records, SINGLE, criterion=criterion, temperatures=[0.5, 1.0, 2.0, 1.0], losses=losses)
+    some = [*path[:: max(1, len(path) // 40)], path[-1], dataclasses.replace(path[-1], checked_exits=[2, 3])]
+    for settings in some:
+        expected = simulate_exits(records.logits, settings, DEEP.exit_layers, SINGLE)
+        assert torch.equal(replay.exits(settings), expected)
+
+
+@pytest.mark.parametrize("per_exit", [False, True])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_path_leads_from_nobody_to_everybody_and_no_row_ever_leaves_later(criterion, per_exit):
+    if per_exit and criterion == "patience":
+        return
+    records, unseen = population(300), population(200, seed=1)
+    losses = ExitReplay(records, DEEP).losses("max_accuracy_drop") if per_exit else None
+    path = candidate_settings(records, SINGLE, criterion=criterion, losses=losses)
+    for rows in (records, unseen):
+        exits = torch.stack([simulate_exits(rows.logits, settings, DEEP.exit_layers, SINGLE) for settings in path])
+        assert (exits[1:] <= exits[:-1]).all() and (exits[0] == 3).all()
+    seen = simulate_exits(records.logits, path[-1], DEEP.exit_layers, SINGLE)
+    earliest = 1 if criterion == "patience" else 0
+    assert seen.min() == earliest and (criterion == "patience" or (seen == 0).all())
+
+
+def plain_per_exit(records: ExitLogits, level: float) -> list[int]:
+    """How many rows leave at each exit when at most a share `level` of them may answer otherwise than full depth."""
+    entropies = torch.distributions.Categorical(logits=records.logits.double()).entropy()
+    answers = records.logits.argmax(-1)
+    remaining, left = list(range(len(answers))), []
+    for exit in range(3):
+        remaining.sort(key=lambda row: float(entropies[row, exit]))
+        flips = [bool(answers[row, exit] != answers[row, 3]) for row in remaining]
+        allowed = [n for n in range(1, len(remaining) + 1) if sum(flips[:n]) / n <= level]
+        left.append(max(allowed, default=0))
+        remaining = remaining[left[-1] :]
+    return left
+
+
+def test_with_one_threshold_per_exit_the_share_of_losers_at_each_exit_keeps_to_the_level():
+    records = population(200)
+    losses = ExitReplay(records, DEEP).losses("max_disagreement")
+    path = candidate_settings(records, SINGLE, losses=losses)
+    exits = simulate_exits(records.logits, path[1], DEEP.exit_layers, SINGLE)  # the first level is 0: no flip at all
+    assert torch.bincount(exits, minlength=4).tolist()[:3] == plain_per_exit(records, 0.0)
+    assert len({*path[60].threshold[:3]}) > 1 and len(path[60].threshold) == 4
+
+
+def test_thresholds_per_exit_save_more_than_one_for_all_where_exits_differ_in_what_their_sureness_is_worth():
+    """The first exit is always sure and wrong half the time; the second is always right and less sure."""
+    labels = torch.arange(100) % 2
+    sign = (2 * labels - 1).float()
+    first = 4 * sign * torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(25)
+    values = torch.stack([first, 1.0 * sign, 5 * sign], dim=1)
+    records = ExitLogits(torch.stack([-values, values], -1), torch.full((100,), LENGTH), labels)
+    config = tiny_config(num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2)
+    layers = [
+        choose(
+            records, config, "accuracy", max_accuracy_drop=0.0, search=ExitSearch(None, per_exit, False)
+        ).calibration["mean_exit_layer"]
+        for per_exit in (False, True)
+    ]
+    assert layers == [3.0, 2.0]
+
+
+# --- temperatures
+
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+
+
+def honest(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (rows, 3) and labels drawn from just the probabilities they state."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(rows, 3, generator=generator)
+    return logits, torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def test_temperatures_undo_a_scaling_of_honest_logits():
+    logits, labels = honest(20_000)
+    scales = (0.25, 1.0, 3.0)
+    records = ExitLogits(torch.stack([scale * logits for scale in scales], 1), torch.ones(20_000), labels)
+    assert fit_temperatures(records, SINGLE) == pytest.approx(scales, rel=0.03)
+
+
+def test_multi_label_temperatures_undo_a_scaling_too():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(10_000, 2, generator=generator)
+    labels = (torch.rand(10_000, 2, generator=generator) < logits.sigmoid()).float()
+    records = ExitLogits(torch.stack([2 * logits, logits], 1), torch.ones(10_000), labels)
+    assert fit_temperatures(records, MULTI) == pytest.approx([2.0, 1.0], rel=0.05)
+
+
+def test_without_labels_exits_are_fitted_to_the_answers_of_full_depth_and_the_last_keeps_1():
+    records = population(500)
+    answers = dataclasses.replace(records, labels=records.logits[:, -1].argmax(-1))
+    *expected, _ = fit_temperatures(answers, SINGLE)
+    assert fit_temperatures(dataclasses.replace(records, labels=None), SINGLE) == [*expected, 1.0]
+
+
+def test_temperatures_are_fitted_first_and_stored():
+    settings = choose_exit_config(population(500), DEEP, "accuracy", max_accuracy_drop=1.0)
+    assert settings.temperatures == fit_temperatures(population(500), SINGLE)
+
+
+# --- disagreement
+
+
+def test_disagreement_needs_no_labels_and_keeps_to_the_share():
+    records = dataclasses.replace(population(400), labels=None)
+    settings = choose_exit_config(records, DEEP, "accuracy", max_disagreement=5.0)
+    exits = simulate_exits(records.logits, settings, DEEP.exit_layers, SINGLE)
+    answers = records.logits.argmax(-1)
+    differ = (answers[torch.arange(400), exits] != answers[:, -1]).float().mean().item()
+    assert settings.calibration["disagreement"] == pytest.approx(differ)
+    assert 0.04 < differ <= 0.05 + 1e-6 and "metric" not in settings.calibration
+
+
+def test_a_drop_in_accuracy_counts_net_without_a_guarantee():
+    drop = choose(records_of(ROWS), CONFIG, "accuracy", max_accuracy_drop=10.0)
+    same = choose(records_of(ROWS), CONFIG, "accuracy", max_metric_drop=10.0)
+    assert drop.threshold == same.threshold == 0.72
+
+
+# --- the guarantee
+
+GOALS = ["max_accuracy_drop", "max_disagreement"]
+SEARCHES = [
+    ExitSearch(),
+    ExitSearch("margin", fit_temperatures=False),
+    ExitSearch(per_exit=True),
+    ExitSearch("patience"),
+]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    goal=st.sampled_from(GOALS),
+    search=st.sampled_from(SEARCHES),
+    limits=st.tuples(st.floats(0.5, 40.0), st.floats(0.5, 40.0)),
+    guarantee=st.booleans(),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_a_bolder_goal_never_saves_less(seed, goal, search, limits, guarantee):
+    records = population(240, seed)
+    careful, bold = (
+        choose_exit_config(records, DEEP, "accuracy", **{goal: limit}, search=search, guarantee=guarantee).calibration
+        for limit in sorted(limits)
+    )
+    assert bold["speedup_over_full_depth"] >= careful["speedup_over_full_depth"] - 1e-12
+    assert bold["mean_exit_layer"] <= careful["mean_exit_layer"]
+
+
+@given(seed=st.integers(0, 10**6), goal=st.sampled_from(GOALS), search=st.sampled_from(SEARCHES), data=st.data())
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_neither_the_order_of_the_rows_nor_that_of_the_classes_matters(seed, goal, search, data):
+    records = population(240, seed)
+    rows = data.draw(st.permutations(range(240)))
+    classes = data.draw(st.permutations(range(3)))
+    relabelled = dataclasses.replace(
+        records, logits=records.logits[:, :, classes], labels=torch.tensor(classes).argsort()[records.labels]
+    )
+    promise, again, renamed = (
+        choose_exit_config(given_rows, DEEP, "accuracy", **{goal: 8.0}, search=search, guarantee=True).calibration
+        for given_rows in (records, reordered(records, rows), relabelled)
+    )
+    for other in (again, renamed):
+        assert other.get("promise") == promise.get("promise")
+        assert other["mean_exit_layer"] == pytest.approx(promise["mean_exit_layer"])
+        assert other["early_exit"] == pytest.approx(promise["early_exit"])
+
+
+def test_a_promise_states_what_was_tested_and_on_which_rows():
+    records = population(900)
+    search = ExitSearch(fit_temperatures=False)
+    settings = choose_exit_config(records, DEEP, "accuracy", max_accuracy_drop=4.0, guarantee=True, search=search)
+    promise = settings.calibration["promise"]
+    _, testing = split_rows(records.row_keys)
+    exits = simulate_exits(records.logits, settings, DEEP.exit_layers, SINGLE)
+    answers = records.logits.argmax(-1)
+    right = answers == records.labels[:, None]
+    lost = right[:, -1] & ~right[torch.arange(900), exits]
+    assert promise["flips"] == int(lost[testing].sum()) > 0 and promise["rows"] == len(testing) == 600
+    assert (promise["loss"], promise["epsilon"], promise["delta"]) == ("max_accuracy_drop", 0.04, 0.1)
+    assert binomtest(promise["flips"], 600, 0.04, alternative="less").pvalue <= 0.1
+    bound = binomtest(promise["flips"], 600, alternative="less").proportion_ci(0.9, "exact").high
+    assert promise["upper_bound"] == pytest.approx(bound) and bound <= 0.04
+    assert settings.calibration["mean_exit_layer"] < 4
+
+
+def test_too_few_rows_for_a_promise_fall_back_to_full_depth_and_say_how_many_would_do():
+    settings = choose_exit_config(population(300), DEEP, "accuracy", max_disagreement=1.0, guarantee=True)
+    assert "takes 344 rows at least, 230 of them to test on, and there are 300" in settings.calibration["no_promise"]
+    assert settings.calibration["mean_exit_layer"] == 4.0 and "promise" not in settings.calibration
+
+
+def test_exits_that_are_no_good_fall_back_to_full_depth_and_more_rows_do_not_help():
+    records = population(900)
+    records.logits[:, :-1] = torch.randn(900, 3, 3, generator=torch.Generator().manual_seed(3))
+    settings = choose_exit_config(
+        records, DEEP, "accuracy", max_disagreement=2.0, guarantee=True, search=ExitSearch("patience")
+    )
+    assert "the most careful setting loses" in settings.calibration["no_promise"]
+    assert "more rows would not help" in settings.calibration["no_promise"]
+    assert settings.calibration["mean_exit_layer"] == 4.0 and settings.calibration["disagreement"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_metric_drop": 1.0}, "A guarantee is asked for `max_metric_drop`, and there is none.*`max_disagreement`"),
+        ({"target_speedup": 1.5}, "A guarantee is asked for `target_speedup`"),
+        ({"max_disagreement": 0.0}, "`max_disagreement` is 0 points. A guarantee needs a number above 0 and below 100"),
+        ({"max_accuracy_drop": 100.0}, "`max_accuracy_drop` is 100 points"),
+        ({"max_accuracy_drop": 1.0, "delta": 0.0}, "`delta` is 0. It must lie above 0 and below 1"),
+        ({"max_accuracy_drop": 1.0, "delta": 1.0}, "`delta` is 1. It must lie"),
+    ],
+)
+def test_a_guarantee_is_for_losses_of_one_row_and_rates_within_0_and_1(changes, message):
+    with pytest.raises(ValueError, match=message):
+        choose_exit_config(population(100), DEEP, "accuracy", guarantee=True, **changes)
+
+
+def test_a_guarantee_needs_one_key_per_row():
+    for keys, found in ((None, "None"), ([1, 2], "of 2 rows")):
+        records = dataclasses.replace(population(100), row_keys=keys)
+        with pytest.raises(ValueError, match=rf"`row_keys` is {found}. A guarantee splits 100 rows"):
+            choose_exit_config(records, DEEP, "accuracy", max_disagreement=1.0, guarantee=True)
+
+
+def share_broken(guarantee: bool, epsilon: float, runs: int) -> tuple[float, float]:
+    """Shares of samples from a known population whose settings lose more than `epsilon` there, and that fell back."""
+    pool, size = population(5_000, seed=9), 400
+    whole = ExitReplay(pool, DEEP)
+    losses = whole.losses("max_disagreement")
+    search = ExitSearch(fit_temperatures=False)
+    broken = fell_back = 0
+    for run in range(runs):
+        rows = torch.randint(5_000, (size,), generator=torch.Generator().manual_seed(run)).tolist()
+        sample = reordered(pool, rows)
+        goal = {"max_disagreement": 100 * epsilon}
+        settings = choose_exit_config(sample, DEEP, "accuracy", **goal, search=search, guarantee=guarantee)
+        broken += whole.lost(losses, settings) / 5_000 > epsilon
+        fell_back += "no_promise" in settings.calibration
+    return broken / runs, fell_back / runs
+
+
+def test_promises_are_broken_no_more_often_than_stated_and_a_plain_sweep_is_more_often():
+    runs, delta = 300, 0.1
+    broken, fell_back = share_broken(True, 0.02, runs)
+    assert broken <= delta + 3 * math.sqrt(delta * (1 - delta) / runs)
+    assert broken > 0 and fell_back < 0.5  # neither by never promising
+    plain, _ = share_broken(False, 0.02, 100)
+    assert plain > 2 * broken and plain > 0.3
+
+
+@pytest.mark.parametrize("goal", [{"max_accuracy_drop": 0.5, "guarantee": True}, {"max_metric_drop": 0.5}])
+def test_ten_thousand_rows_of_six_exits_take_under_five_seconds(goal):
+    records = population(10_000, exits=6, labels=2)
+    start = time.process_time()
+    choose_exit_config(
+        records,
+        tiny_config(num_hidden_layers=6, num_attention_heads=2, intermediate_size=16, num_labels=2),
+        "accuracy",
+        **goal,
+    )
+    assert time.process_time() - start < 5

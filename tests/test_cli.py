@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config
 from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import ExitConfig
 from hf_costeff.cli import COMMANDS, main
+from hf_costeff.promises import weights_fingerprint
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +62,8 @@ def test_every_command_lists_its_flags(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    assert f"hf-costeff {command}" in out and "--output_dir" in out and "--calibration_split" in out
+    assert f"hf-costeff {command}" in out
+    assert all(action.option_strings[0] in out for action in COMMANDS[command].parser()._actions)
 
 
 def test_a_missing_flag_is_a_mistake_in_the_call(capsys):
@@ -157,6 +159,55 @@ def test_calibrate_chooses_a_threshold_and_saves_it_with_the_model(slim, files, 
     assert 1 <= model.predict(**inputs, early_exit=True).exit_layer.item() <= 4
 
 
+def calibrated(slim) -> ExitConfig:
+    return ExitConfig.from_dict(AutoModelForSequenceClassification.from_pretrained(slim).config.exit_config)
+
+
+def test_calibrate_says_that_twenty_rows_are_too_few_for_a_promise_and_lets_nobody_leave(slim, files, capsys):
+    assert main(["calibrate", slim, *files, "--max_disagreement", "1", "--guarantee"]) == 0
+    out = capsys.readouterr().out
+    assert "Nobody leaves early, because nothing can be promised. To promise at most 1 points" in out
+    assert "takes 344 rows at least, 230 of them to test on, and there are 20." in out
+    assert calibrated(slim).calibration["mean_exit_layer"] == 4.0
+
+
+def test_calibrate_states_its_promise_and_for_which_weights(slim, files, capsys):
+    flags = ["--max_disagreement", "60", "--guarantee", "--delta", "0.2", "--no_fit_temperatures"]
+    assert main(["calibrate", slim, *files, *flags, "--criterion", "margin"]) == 0
+    out = capsys.readouterr().out
+    settings = calibrated(slim)
+    promise = settings.calibration["promise"]
+    assert f"margin criterion with limit {settings.threshold:g}." in out
+    assert "Promised for new rows of the same kind, with probability 0.8: at most 60% of the rows answer other" in out
+    assert f"(tested on 14 of the rows, of which {promise['flips']} lost; bound" in out
+    model = AutoModelForSequenceClassification.from_pretrained(slim)
+    assert promise["fingerprint"] == weights_fingerprint(model.costeff)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--per_exit"], "(one per exit)"),
+        (["--criterion", "patience"], "patience criterion with 1 agreeing exit."),
+    ],
+)
+def test_calibrate_names_the_limits_it_chose(flags, words, slim, files, capsys):
+    assert main(["calibrate", slim, *files, "--max_disagreement", "0", *flags]) == 0
+    assert words in capsys.readouterr().out
+
+
+def test_calibrate_needs_no_labels_to_limit_disagreement(slim, tmp_path, capsys):
+    sentence_rows(40).remove_columns("label").to_csv(tmp_path / "texts.csv")
+    words = ["calibrate", slim, "--validation_file", str(tmp_path / "texts.csv")]
+    assert main([*words, "--max_disagreement", "5"]) == 0
+    out = capsys.readouterr().out
+    record = AutoModelForSequenceClassification.from_pretrained(slim).config.exit_config["calibration"]
+    assert record["disagreement"] <= 0.05 and "metric" not in record
+    assert f"{100 * record['disagreement']:.2f}% answer otherwise than at full depth, mean exit layer" in out
+    assert main([*words, "--max_metric_drop", "5"]) == 1
+    assert "No label column was found" in capsys.readouterr().err
+
+
 def test_calibrate_may_save_elsewhere(slim, files, tmp_path):
     words = ["calibrate", "--model", slim, *files, "--max_metric_drop", "1", "--output_dir", str(tmp_path / "new")]
     assert main(words) == 0
@@ -174,6 +225,9 @@ def test_calibrate_may_save_elsewhere(slim, files, tmp_path):
         ([], "Give exactly one"),
         (["--max_metric_drop", "1", "--target_speedup", "2"], "Give exactly one"),
         (["--target_speedup", "500"], "A speed-up of 500 cannot be reached"),
+        (["--max_metric_drop", "1", "--guarantee"], "A guarantee is asked for `max_metric_drop`, and there is none"),
+        (["--max_accuracy_drop", "1", "--guarantee", "--delta", "2"], "`delta` is 2. It must lie above 0 and below 1"),
+        (["--max_accuracy_drop", "1", "--criterion", "luck"], "`criterion` is 'luck'"),
         (["--max_metric_drop", "1", "--metric", "bleu"], "'bleu'"),
         (["--max_metric_drop", "1", "--label_column", "nothing"], "'nothing'"),
         (["--max_metric_drop", "1", "--split", "nowhere"], "`split` is 'nowhere', but the splits are: train, valid"),
@@ -191,6 +245,13 @@ def test_a_model_without_exits_cannot_be_calibrated(files, tmp_path, capsys):
     tiny_bert(num_labels=2).save_pretrained(tmp_path / "stock")
     assert main(["calibrate", "--model", str(tmp_path / "stock"), *files, "--max_metric_drop", "1"]) == 1
     assert "is a bert model without exits. Compress it first" in capsys.readouterr().err
+
+
+def test_a_model_whose_only_exit_is_the_last_cannot_be_calibrated(files, tmp_path, capsys):
+    tiny_model(num_labels=2, exit_layers=[4]).save_pretrained(tmp_path / "one")
+    word_tokenizer().save_pretrained(tmp_path / "one")
+    assert main(["calibrate", str(tmp_path / "one"), *files, "--max_metric_drop", "1"]) == 1
+    assert "has one exit, after its last layer, so nobody can leave early" in capsys.readouterr().err
 
 
 def test_a_mistyped_flag_is_answered_with_the_nearest_one(capsys):

@@ -18,7 +18,14 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from hf_costeff.conversion import SUPPORTED_FAMILIES, convert_config, convert_from_stock, convert_state_dict
+from helpers import random_batch, tiny_model
+from hf_costeff.conversion import (
+    SUPPORTED_FAMILIES,
+    convert_config,
+    convert_from_stock,
+    convert_state_dict,
+    convert_to_stock,
+)
 from hf_costeff.modeling_costeff import CostEffForSequenceClassification
 
 VOCAB, HIDDEN, HEADS, NEURONS, LAYERS, POSITIONS = 50, 32, 4, 48, 2, 24
@@ -292,3 +299,44 @@ def test_a_wrapped_model_is_refused_by_type() -> None:
 def test_exit_layers_without_the_last_layer_are_refused() -> None:
     with pytest.raises(Exception, match="exit_layers"):
         convert_from_stock(stock_model("bert"), exit_layers=[1])
+
+
+# --- back to stock
+
+SLIM = {
+    "uneven widths": ({}, "bert"),
+    "factorised": ({"embedding_rank": 5}, "bert"),
+    "positions that skip padding": ({"position_offset": 1, "pad_token_id": 0}, "roberta"),
+    "no token types": ({"type_vocab_size": 0, "embedding_rank": 5}, "bert"),
+    "several labels": ({"problem_type": "multi_label_classification"}, "bert"),
+}
+
+
+@pytest.mark.parametrize("name", SLIM)
+def test_a_slim_model_answers_alike_as_a_stock_one(tmp_path, name):
+    changes, model_type = SLIM[name]
+    model, batch = tiny_model(**changes), random_batch([7, 3, 11, 2])
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    convert_to_stock(model).save_pretrained(tmp_path)
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert (stock.config.model_type, stock.config.id2label) == (model_type, model.config.id2label)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_truncated_model_becomes_a_shallower_stock_one():
+    model, batch = tiny_model(), random_batch([7, 3])
+    stock = convert_to_stock(model.truncate(2))
+    assert stock.config.num_hidden_layers == 2
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**batch).logits, model(**batch).exit_logits[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"exit_pooling": "mean"}, "`exit_pooling` is 'mean'"), ({"attention_head_size": 5}, "Heads of size 5")],
+)
+def test_what_no_stock_model_computes_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        convert_to_stock(tiny_model(**changes))

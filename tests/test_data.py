@@ -462,6 +462,8 @@ def test_one_split_is_prepared_for_a_finished_model(tokenizer):
     bare = DatasetDict({"validation": rows(4).remove_columns("label")})
     with pytest.raises(ValueError, match="No label column was found in split 'validation' among: text"):
         prepare_split(bare, "validation", tokenizer, config=config, max_positions=16)
+    split = prepare_split(bare, "validation", tokenizer, config=config, max_positions=16, require_labels=False)
+    assert len(split) == 4 and "labels" not in split.column_names
 
 
 def test_a_dataset_formatted_as_tensors_is_prepared_alike(tokenizer):

@@ -18,7 +18,9 @@ from hf_costeff.evaluation import (
     format_table,
     model_inputs,
     report_rows,
+    row_keys,
 )
+from hf_costeff.promises import weights_fingerprint
 
 COLLATOR = DataCollatorWithPadding(word_tokenizer(), pad_to_multiple_of=8)
 SINGLE = "single_label_classification"
@@ -107,6 +109,39 @@ def test_calibrating_stores_settings_that_predict_uses(rows):
     assert settings.calibration["early_exit"] == pytest.approx(sum(right) / 23)
     full = [outputs.logits.argmax().item() == label for outputs, label in zip(single_rows(model, rows), rows["labels"])]  # noqa: B905 - one output per row
     assert settings.calibration["full_depth"] == pytest.approx(sum(full) / 23)
+
+
+def test_a_promise_names_the_weights_and_the_order_of_the_rows_does_not_matter(rows):
+    model, seen = tiny_model(), []
+    for data in (rows, rows.shuffle(seed=1), rows.remove_columns("labels")):
+        goal = {"max_disagreement": 50.0, "delta": 0.3, "guarantee": True, "fit_temperatures": False}
+        seen.append(calibrate(model, data, COLLATOR, show_progress=False, **goal).calibration)
+        assert ExitConfig.from_dict(model.config.exit_config).calibration == seen[-1]
+    assert seen[0]["promise"]["fingerprint"] == weights_fingerprint(model.costeff)
+    assert seen[0]["promise"] == seen[1]["promise"] and seen[0]["mean_exit_layer"] == seen[1]["mean_exit_layer"]
+    assert seen[2]["promise"]["rows"] == seen[0]["promise"]["rows"] == 16 and "metric" not in seen[2]
+
+
+def test_the_key_of_a_row_is_made_from_its_tokens_and_its_label(rows):
+    keys = row_keys(rows)
+    assert len(set(keys)) == 23 and row_keys(rows.select([3, 0])) == [keys[3], keys[0]]
+    other = rows.map(lambda row: {"labels": row["labels"] + 1})
+    assert not set(row_keys(other)) & set(keys)
+
+
+def test_an_accuracy_goal_looks_at_accuracy_whatever_the_default_metric_is(rows):
+    model = tiny_model(problem_type="multi_label_classification")
+    lists = rows.remove_columns("labels").add_column("labels", [[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]] * 11 + [[1.0] * 3])
+    assert (
+        calibrate(model, lists, COLLATOR, max_accuracy_drop=1.0, show_progress=False).calibration["metric"]
+        == "accuracy"
+    )
+    assert calibrate(model, lists, COLLATOR, max_metric_drop=1.0, show_progress=False).calibration["metric"] == "f1"
+
+
+def test_a_stock_classifier_cannot_be_calibrated(rows):
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification has no exits to calibrate. Compress it first"):
+        calibrate(tiny_bert(), rows, COLLATOR, max_metric_drop=1.0)
 
 
 def test_calibrating_without_labels_or_with_two_goals_leaves_the_model_as_it_was(rows):

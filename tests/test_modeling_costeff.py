@@ -825,3 +825,27 @@ def test_probabilities_agree_with_the_forward_logits():
     with torch.no_grad():
         expected = probabilities(model(**batch).logits, "single_label_classification")
     assert_close(model.predict(**batch).probabilities, expected)
+
+
+@pytest.mark.parametrize("exit_layers", [[1, 2, 3, 4], [2, 4]])
+def test_a_truncated_model_ends_at_its_exit_and_keeps_the_earlier_ones(tmp_path, exit_layers):
+    model, batch = (
+        tiny_model(exit_layers=exit_layers, exit_config=ExitConfig(threshold=0.5).to_dict()),
+        random_batch([7, 3]),
+    )
+    shallow = model.truncate(2)
+    expected = model(**batch)
+    assert shallow.config.exit_layers == [layer for layer in exit_layers if layer <= 2]
+    assert shallow.config.exit_config is None and model.config.num_hidden_layers == 4
+    assert torch.equal(shallow(**batch).logits, expected.exit_logits[exit_layers.index(2)])
+    shallow.save_pretrained(tmp_path)
+    again = CostEffForSequenceClassification.from_pretrained(tmp_path)
+    assert_close(again.predict(**batch).logits, shallow(**batch).logits)
+    with torch.no_grad():
+        shallow.costeff.layers[0].attention.output.weight.add_(1)
+    assert torch.equal(model(**batch).logits, expected.logits)
+
+
+def test_a_layer_without_an_exit_is_no_place_to_end():
+    with pytest.raises(ValueError, match=r"`exit_layer` is 3, but the exits are after layers 2, 4"):
+        tiny_model(exit_layers=[2, 4]).truncate(3)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from .configuration_costeff import CostEffConfig
-from .conversion import convert_from_stock
+from .conversion import convert_from_stock, convert_to_stock
 from .exit_criteria import (
     ConfidenceCriterion,
     EntropyCriterion,
@@ -46,6 +46,7 @@ __all__ = [
     "calibrate",
     "compress",
     "convert_from_stock",
+    "convert_to_stock",
     "slenderize",
 ]
 

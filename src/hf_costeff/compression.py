@@ -50,10 +50,12 @@ from .efficiency import (
 )
 from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig
+from .hub import push_folder
 from .importance import compute_importance
 from .losses import task_loss
 from .metrics import check_metric, default_metric
 from .metrics import compute_metrics as metrics_of
+from .model_card import write_model_card
 from .recipes import RECIPES, Phase, Recipe
 from .report import CompressionResult, describe_hardware, write_report
 from .slenderization import (
@@ -237,7 +239,7 @@ class Compression:
 
     def _settings(self) -> dict[str, Any]:
         arguments = dataclasses.asdict(self.arguments)
-        for name in ("output_dir", "max_metric_drop", "target_speedup"):
+        for name in ("output_dir", "max_metric_drop", "target_speedup", "push_to_hub"):
             del arguments[name]
         sources = {name: _resolved(getattr(self.data_arguments, name)) for name in DATA_SOURCES}
         return {
@@ -572,6 +574,9 @@ class Compression:
             "hardware": describe_hardware(self.device),
         }
         write_report(result, exit_curve(records["slim model"], slim.config, self.metric), facts)
+        write_model_card(result.model_path, self.arguments.push_to_hub or result.model_path.name)
+        if self.arguments.push_to_hub is not None:
+            push_folder(result.model_path, self.arguments.push_to_hub)
         return result
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from huggingface_hub.utils import validate_repo_id
+
 from .configuration_costeff import EXIT_POOLINGS
 from .recipes import RECIPES
 from .slenderization import ALLOCATIONS, Widths, describe_widths
@@ -58,6 +60,9 @@ class CompressionArguments:
     precision: str = field(default="auto", metadata={"help": "Training precision: auto, fp32 or bf16."})
     batch_size: int | None = field(default=None, metadata={"help": "Rows per step. Default: the recipe's."})
     seed: int = field(default=42, metadata={"help": "Seed of every stage."})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Repository to push the finished model to, e.g. org/name. Default: none."}
+    )
 
     def __post_init__(self) -> None:
         if self.exit_pooling not in (None, *EXIT_POOLINGS):
@@ -86,6 +91,8 @@ class CompressionArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}. It must be at least 1; leave it out for the recipe's.")
+        if self.push_to_hub is not None:
+            validate_repo_id(self.push_to_hub)
         if self.seed < 0:
             raise ValueError(f"`seed` is {self.seed}. It must be 0 or more.")
         if self.max_metric_drop is not None and not self.max_metric_drop >= 0:

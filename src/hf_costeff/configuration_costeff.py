@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: `@strict` skips the type check of a field whose annotation is a string.
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub.dataclasses import strict
@@ -122,6 +123,13 @@ class CostEffConfig(PreTrainedConfig):
         if self.exit_layers is None:
             self.exit_layers = list(range(1, self.num_hidden_layers + 1))
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Upstream's. PEFT asks for it before it looks up its default target modules, so ours are entered here."""
+        known = sys.modules.get("peft.utils.constants")  # never imported for this: it costs as much as torch
+        if known is not None:
+            known.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(self.model_type, ["query_key_value"])
+        return super().to_dict()
 
     @property
     def resolved_problem_type(self) -> str:

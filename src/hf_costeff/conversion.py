@@ -13,10 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from .configuration_costeff import CostEffConfig
-from .modeling_costeff import CostEffForSequenceClassification
+from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,9 @@ FAMILIES: dict[str, Family] = {
         replace(BERT, model_type="electra", embedding_size="embedding_size"),
     )
 }
+WORDS = "embeddings.word_embeddings.weight"
+HEADS = {"bert": ("bert.pooler.dense", "classifier"), "roberta": ("classifier.dense", "classifier.out_proj")}
+"""The dense layer and the final one of a stock classification head."""
 SUPPORTED_FAMILIES: tuple[str, ...] = tuple(FAMILIES)
 
 
@@ -333,6 +343,80 @@ def convert_from_stock(
     exit_state = {name: tensor for name, tensor in converted.costeff.state_dict().items() if name.startswith("exits.")}
     converted.costeff.load_state_dict(encoder_state | exit_state, strict=True)
     return converted.train(model.training)
+
+
+def convert_to_stock(model: CostEffForSequenceClassification) -> PreTrainedModel:
+    """A stock classifier that answers as ours does at full depth, for a serving stack that knows nothing of ours.
+
+    It gives back what slenderizing saved: stock models have all heads, one feed-forward width and a whole embedding,
+    so removed units come back as zeros and the factors are multiplied out. Fewer layers (`truncate`) stay fewer. The
+    stock head's dense layer becomes the identity.
+
+    Args:
+        model: Its last exit must read the first token; earlier exits are left behind. It stays untouched.
+
+    Returns:
+        A `BertForSequenceClassification`, or `RobertaForSequenceClassification` where positions skip the padding, with
+        the dtype, device and train/eval mode of `model`.
+
+    Raises:
+        ValueError: If the exits read the mean over the tokens, or the head size does not divide the hidden size.
+    """
+    config = model.config
+    if config.exit_pooling != "cls":
+        raise ValueError(
+            f"`exit_pooling` is {config.exit_pooling!r}, and stock classifiers read the first token. Train with "
+            "exit_pooling='cls' to have a model that becomes stock."
+        )
+    if config.hidden_size % config.attention_head_size:
+        raise ValueError(
+            f"Heads of size {config.attention_head_size} do not divide the hidden size {config.hidden_size}, which a "
+            "stock model needs."
+        )
+    stock = _empty_stock(config).to(model.device, model.dtype)
+    state = stock.state_dict()
+    encoder = stock.base_model_prefix
+    for name, tensor in _stock_encoder(model.costeff).items():
+        place = state[f"{encoder}.{name}"]
+        place.zero_()[tuple(slice(size) for size in tensor.shape)] = tensor
+    dense, final = HEADS[encoder]
+    state[f"{dense}.weight"].copy_(torch.eye(config.hidden_size))
+    state[f"{dense}.bias"].zero_()
+    for kind in ("weight", "bias"):
+        last = model.state_dict()[f"costeff.exits.{config.num_hidden_layers}.classifier.{kind}"]
+        state[f"{final}.{kind}"].copy_(last)
+    return stock.train(model.training)
+
+
+def _empty_stock(config: CostEffConfig) -> PreTrainedModel:
+    """A stock model of our depth, all heads and the widest layer's neurons."""
+    kinds = (BertConfig, BertForSequenceClassification), (RobertaConfig, RobertaForSequenceClassification)
+    config_class, model_class = kinds[config.position_offset > 0]
+    shared = (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "hidden_act", "hidden_dropout_prob"),
+        *("attention_probs_dropout_prob", "classifier_dropout", "max_position_embeddings", "layer_norm_eps"),
+        *("initializer_range", "pad_token_id", "id2label", "label2id", "problem_type"),
+    )
+    return model_class(
+        config_class(
+            **{name: getattr(config, name) for name in shared},
+            num_attention_heads=config.hidden_size // config.attention_head_size,
+            intermediate_size=max(1, *config.intermediate_size),
+            type_vocab_size=config.type_vocab_size or 2,  # a tokenizer may number the texts of a pair
+        )
+    )
+
+
+def _stock_encoder(model: CostEffModel) -> dict[str, Tensor]:
+    """Our encoder's tensors under BERT's names, each to be filled up with zeros to its stock shape."""
+    ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if model.embeddings.projection is not None:
+        ours[WORDS] = ours[WORDS] @ ours["embeddings.projection.weight"].T
+    stock: dict[str, Tensor] = {}
+    for name, sources in BERT.tensor_names(model.config.num_hidden_layers).items():
+        tensor = ours.get(name, torch.zeros(0, model.config.hidden_size))  # a family may have no token types
+        stock |= dict(zip(sources, tensor.chunk(len(sources)), strict=True))
+    return stock
 
 
 def check_same_shape(pretrained: PreTrainedConfig, teacher: PreTrainedConfig) -> None:

@@ -345,8 +345,9 @@ def prepare_split(
     arguments: DataArguments | None = None,
     config: PreTrainedConfig,
     max_positions: int,
+    require_labels: bool = True,
 ) -> Dataset:
-    """One labelled split, tokenised for a finished model: what calibrating or measuring it needs.
+    """One split, tokenised for a finished model: what calibrating or measuring it needs.
 
     Args:
         data: As at `load_splits`; nothing is cut here.
@@ -355,15 +356,16 @@ def prepare_split(
         arguments: As at `load_splits`.
         config: The model's configuration, which gives the labels and their order.
         max_positions: As at `prepare_data`.
+        require_labels: Whether a split without labels is an error.
 
     Raises:
-        ValueError: As at `prepare_data`; among others if the split has no labels.
+        ValueError: As at `prepare_data`; among others if the split has no labels and needs them.
         TypeError: As at `load_splits`.
     """
     dataset, arguments = open_dataset(data, arguments)
     rows = _pick(dataset, split, "split")
     columns = find_columns(rows, arguments.text_columns, arguments.label_column)
-    if columns.label is None:
+    if columns.label is None and require_labels:
         raise ValueError(
             f"No label column was found in split {split!r} among: {', '.join(rows.column_names)}. Name it with "
             "`label_column`."

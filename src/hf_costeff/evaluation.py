@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .calibration import ExitLogits, choose_exit_config, exit_outcome
+from .calibration import ExitLogits, ExitSearch, choose_exit_config, exit_outcome
+from .checksums import fingerprint
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     count_parameters,
@@ -27,6 +29,7 @@ from .efficiency import (
 from .exit_criteria import ExitConfig, simulate_exits
 from .metrics import compute_metrics, default_metric
 from .modeling_costeff import CostEffForSequenceClassification, inference
+from .promises import weights_fingerprint
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
 TIMED_BATCHES = (32, 1)
@@ -83,40 +86,77 @@ def calibrate(
     collator: Collator,
     *,
     metric: str | None = None,
+    max_accuracy_drop: float | None = None,
     max_metric_drop: float | None = None,
+    max_disagreement: float | None = None,
     target_speedup: float | None = None,
     reference_flops: float | None = None,
+    guarantee: bool = False,
+    delta: float = 0.1,
+    criterion: str | None = None,
+    per_exit: bool = False,
+    fit_temperatures: bool = True,
     show_progress: bool = True,
 ) -> ExitConfig:
-    """Choose one exit threshold on held-out rows and store it in the model, for `predict(early_exit=True)`.
+    """Choose exit settings on held-out rows from one goal and store them in the model, for `predict(early_exit=True)`.
 
     Args:
         model: A multi-exit model; its `config.exit_config` is replaced.
-        dataset: Tokenized rows with `labels`, which no training saw.
+        dataset: Tokenized rows which no training saw, with `labels`, but for `max_disagreement`.
         collator: Pads a list of rows to a batch.
-        metric: What may drop; `None`: the default of the problem type.
-        max_metric_drop: Points that the metric may lose against full depth.
-        target_speedup: Instead, the FLOPs ratio to reach.
+        metric: What is reported and what `max_metric_drop` limits; `None`: the default of the problem type, or accuracy
+            with `max_accuracy_drop`.
+        max_accuracy_drop: Goal: points (hundredths) that accuracy may lose against full depth.
+        max_metric_drop: Goal: points that the metric may lose against full depth. Has no guarantee.
+        max_disagreement: Goal: share of the rows, in points, that may answer otherwise than full depth. Needs no
+            labels.
+        target_speedup: Goal: the FLOPs ratio to reach. Has no guarantee.
         reference_flops: What the speed-up is measured against, FLOPs per row; `None`: this model at full depth.
+        guarantee: Whether the loss must keep to the goal on new rows of the same distribution, with probability
+            1 - `delta` over the sample. The promise names the weights; if none can be made, nobody leaves early.
+        delta: Largest chance of a broken promise, above 0 and below 1.
+        criterion: A key of `CRITERIA`; `None`: entropy, for regression patience.
+        per_exit: Whether every exit gets its own threshold; otherwise one serves all.
+        fit_temperatures: Whether each exit's temperature is fitted first; otherwise they are 1.
         show_progress: Whether to show a progress bar.
 
     Returns:
         The settings, as stored.
 
     Raises:
-        ValueError: As [`hf_costeff.calibration.choose_exit_config`].
+        ValueError: As [`hf_costeff.calibration.choose_exit_config`], or for a model without exits.
     """
+    if not isinstance(model, CostEffForSequenceClassification):
+        raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
+    search = ExitSearch(criterion, per_exit, fit_temperatures)
     records = collect_exit_logits(model, dataset, collator, description="Calibrating", show_progress=show_progress)
+    if guarantee:
+        records = dataclasses.replace(records, row_keys=row_keys(dataset))
+    accuracy = "accuracy" if max_accuracy_drop is not None else None
     settings = choose_exit_config(
         records,
         model.config,
-        metric or default_metric(model.config.resolved_problem_type),
+        metric or accuracy or default_metric(model.config.resolved_problem_type),
+        max_accuracy_drop=max_accuracy_drop,
         max_metric_drop=max_metric_drop,
+        max_disagreement=max_disagreement,
         target_speedup=target_speedup,
         reference_flops=reference_flops,
+        search=search,
+        guarantee=guarantee,
+        delta=delta,
     )
+    promise = (settings.calibration or {}).get("promise")
+    if promise is not None:
+        promise["fingerprint"] = weights_fingerprint(model.costeff)
     model.config.exit_config = settings.to_dict()
     return settings
+
+
+def row_keys(dataset: Dataset) -> list[int]:
+    """A whole number made from the tokens and the label of each row; equal rows have equal ones."""
+    columns = [dataset[name] for name in ("input_ids", "labels") if name in dataset.column_names]
+    return [int(fingerprint(map(str, row)), 16) for row in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)

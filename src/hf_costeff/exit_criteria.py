@@ -186,14 +186,20 @@ class ThresholdCriterion(ExitCriterion):
     def measure(self, log_probabilities: Tensor) -> Tensor:
         """The compared quantity, shape (rows,), from log-probabilities of shape (rows, decisions, classes)."""
 
-    def leaves(self, history: Tensor, exit_index: int) -> Tensor:
+    def measured(self, logits: Tensor, exit_index: int) -> Tensor:
+        """The compared quantity of one exit's raw logits (rows, labels), at its temperature, shape (rows,)."""
+        return self.measure(decision_log_probabilities(self.scaled(logits, exit_index), self.problem_type))
+
+    def passes(self, measured: Tensor, exit_index: int) -> Tensor:
         """Strict comparison; a threshold at or past the far end lets every row leave, by definition."""
         threshold = self.thresholds[exit_index]
-        logits = history[:, -1]
         if (threshold >= self.everybody_leaves) if self.lower_is_surer else (threshold <= self.everybody_leaves):
-            return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        measured = self.measure(decision_log_probabilities(self.scaled(logits, exit_index), self.problem_type))
+            return torch.ones_like(measured, dtype=torch.bool)
         return measured < threshold if self.lower_is_surer else measured > threshold
+
+    def leaves(self, history: Tensor, exit_index: int) -> Tensor:
+        """Whether the exit's own measure passes its threshold, shape (rows,)."""
+        return self.passes(self.measured(history[:, -1], exit_index), exit_index)
 
 
 class EntropyCriterion(ThresholdCriterion):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -22,6 +26,8 @@ from .configuration_costeff import CostEffConfig
 from .exit_criteria import REGRESSION, ExitConfig, probabilities
 from .exit_heads import EXIT_HEAD_CLASSES, EXIT_POOLING_FUNCTIONS
 from .exiting_rows import ExitingRows
+from .hub import push_folder, write_card
+from .promises import warn_if_void
 
 
 @dataclass
@@ -293,6 +299,44 @@ class CostEffPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["CostEffLayer"]
 
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As upstream's; the code goes along, so that any Auto class loads the folder with `trust_remote_code=True`."""
+        is_ours = type(self).__module__ == __name__  # upstream saves the file of a subclass, which may not import ours
+        self.config.auto_map = dict(AUTO_MAP) if is_ours else {}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        **options: Any,
+    ) -> CommitInfo:
+        """As upstream's, with a card that speaks of this model where upstream's is an empty form.
+
+        While weights and exit settings are those of the local folder the model was loaded from, that folder's card
+        and figures go along. Otherwise a card that is on the Hub stays, and a new repository gets one without figures.
+
+        Args:
+            repo_id: `name` or `org/name`; made if it is not there.
+            token: Access token; `None` uses the one you are logged in with.
+            revision: Branch, made if it is not there; `None` is `main`.
+            max_shard_size: Largest weights file.
+            tags: Added to those of the card.
+            **options: `commit_message`, `commit_description`, `private` and `create_pr`, as [`push_folder`].
+
+        Raises:
+            PermissionError: If the Hub does not let you write there.
+            ConnectionError: If the connection breaks; pushing again is safe.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            write_card(folder, repo_id, origin=self.name_or_path, token=token, revision=revision, tags=tags)
+            return push_folder(folder, repo_id, token=token, revision=revision, **options)
+
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
@@ -427,6 +471,7 @@ class CostEffModel(CostEffPreTrainedModel):
             found = "None" if input_ids is None else f"of shape {tuple(input_ids.shape)}"
             raise ValueError(f"`input_ids` is {found}. predict needs a non-empty (batch, seq).")
         rows = self._exiting_rows(settings, input_ids, attention_mask)
+        warn_if_void(self, None if settings is None else settings.calibration)
         with inference(self):
             longest = rows.longest
             types = None if token_type_ids is None else token_type_ids[:, :longest]
@@ -600,3 +645,38 @@ class CostEffForSequenceClassification(CostEffPreTrainedModel):
     ) -> CostEffPrediction:
         """See [`CostEffModel.predict`]."""
         return self.costeff.predict(input_ids, attention_mask, token_type_ids, early_exit)
+
+    def truncate(self, exit_layer: int) -> CostEffForSequenceClassification:
+        """A new, shallower model that ends where an exit is, and answers at full depth what that exit answers here.
+
+        Earlier exits stay; saved exit settings do not, because they were chosen for the deeper model.
+
+        Args:
+            exit_layer: 1-based layer of the exit.
+
+        Raises:
+            ValueError: If there is no exit after that layer.
+        """
+        if exit_layer not in self.config.exit_layers:
+            exits = ", ".join(map(str, self.config.exit_layers))
+            raise ValueError(
+                f"`exit_layer` is {exit_layer!r}, but the exits are after layers {exits}. Name one of them."
+            )
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = exit_layer
+        config.num_attention_heads = config.num_attention_heads[:exit_layer]
+        config.intermediate_size = config.intermediate_size[:exit_layer]
+        config.exit_layers = [layer for layer in config.exit_layers if layer <= exit_layer]
+        config.exit_config = None
+        config.validate()
+        shallow = CostEffForSequenceClassification(config).to(self.device, self.dtype)
+        state = self.state_dict()
+        shallow.load_state_dict({name: state[name] for name in shallow.state_dict()})
+        return shallow.train(self.training)
+
+
+AUTO_CLASSES = {"AutoModel": CostEffModel, "AutoModelForSequenceClassification": CostEffForSequenceClassification}
+AUTO_MAP = {auto: f"{__name__.split('.')[-1]}.{model_class.__name__}" for auto, model_class in AUTO_CLASSES.items()}
+CostEffConfig.register_for_auto_class()  # upstream's way of saving a class's code with it
+for _auto_class, _model_class in AUTO_CLASSES.items():
+    _model_class.register_for_auto_class(_auto_class)

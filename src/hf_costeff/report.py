@@ -42,6 +42,8 @@ class CompressionResult:
 def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts: Mapping[str, Any]) -> None:
     """Write `efficiency.json`, `SUMMARY.md` and `pareto.png` into the model's folder.
 
+    Of local paths only the last part is written: the folder may be pushed.
+
     Args:
         result: Rows and plan.
         curve: The slim model at every threshold.
@@ -53,10 +55,21 @@ def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts:
         "curve": [dataclasses.asdict(point) for point in curve],
         "plan": {**dataclasses.asdict(result.plan), "widths": facts["widths"]},
         **{name: fact for name, fact in facts.items() if name != "widths"},
+        "settings": {name: without_folders(value) for name, value in facts["settings"].items()},
     }
     (result.model_path / "efficiency.json").write_text(json.dumps(report, indent=1))
     (result.model_path / "SUMMARY.md").write_text(summarize(result, report))
     draw_pareto_chart(result.model_path / "pareto.png", result.rows, curve, result.metric)
+
+
+def without_folders(value: Any) -> Any:
+    """An absolute path as `./name`; anything else as it is.
+
+    >>> without_folders("/home/someone/teacher"), without_folders("org/teacher"), without_folders(3)
+    ('./teacher', 'org/teacher', 3)
+    """
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return f"./{Path(value).name}" if is_path else value
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

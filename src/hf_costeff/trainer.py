@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig
+from .hub import push_folder, write_card
 from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
 from .metrics import compute_metrics as default_metrics
 from .modeling_costeff import CostEffForSequenceClassification
@@ -163,6 +165,44 @@ class CostEffTrainer(ResumableTrainer):
             )
             self.model.config.exit_config = None
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        token: str | bool | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """Save and push the model with its tokenizer and card; no pickles, unlike upstream's.
+
+        Args:
+            commit_message: First line of the commit.
+            token: Access token; `None` takes that of the arguments, then the one you are logged in with.
+            revision: Branch; `None` takes that of the arguments, then `main`.
+            private: Whether a new repository is private; `None` takes that of the arguments.
+            **kwargs: Ignored: upstream's `blocking`, and what it would write into its own card.
+
+        Returns:
+            The commit; `None` in a process that does not save.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir)
+        repo_id = self.args.hub_model_id or folder.resolve().name
+        write_card(folder, repo_id, origin="", token=token or self.args.hub_token)
+        return push_folder(
+            folder,
+            repo_id,
+            commit_message=commit_message,
+            private=self.args.hub_private_repo if private is None else private,
+            token=token or self.args.hub_token,
+            revision=revision or getattr(self.args, "hub_revision", None),
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upstream's pushes while training carry pickles; ours wait for the end."""
 
     def compute_loss(
         self,

@@ -3,7 +3,8 @@
 from .calibrate import CALIBRATE
 from .command import Command
 from .compress import COMPRESS
+from .push import PUSH
 
-COMMANDS: dict[str, Command] = {command.name: command for command in (COMPRESS, CALIBRATE)}
+COMMANDS: dict[str, Command] = {command.name: command for command in (COMPRESS, CALIBRATE, PUSH)}
 
 __all__ = ["COMMANDS", "Command"]

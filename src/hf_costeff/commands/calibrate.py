@@ -1,11 +1,14 @@
-"""`hf-costeff calibrate`: choose a model's exit threshold on held-out rows and save it in the model."""
+"""`hf-costeff calibrate`: choose a model's exit settings on held-out rows and save them in the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..calibration import describe_seen
 from ..data import DataArguments, make_collator, prepare_split
 from ..evaluation import calibrate
+from ..exit_criteria import CRITERIA, ExitConfig
 from .command import Command, load_slim, longest_text, writable_folder
 
 
@@ -18,29 +21,71 @@ class CalibrationArguments:
         default=None, metadata={"help": "Split to choose on, of rows that no training saw. Not needed with a file."}
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where to save. Default: the model's folder."})
-    metric: str | None = field(default=None, metadata={"help": "What may drop. Default: by problem type."})
-    max_metric_drop: float | None = field(default=None, metadata={"help": "Points the metric may lose."})
-    target_speedup: float | None = field(default=None, metadata={"help": "FLOPs ratio to this model's full depth."})
+    max_accuracy_drop: float | None = field(
+        default=None, metadata={"help": "Goal: points that accuracy may lose against full depth."}
+    )
+    max_metric_drop: float | None = field(default=None, metadata={"help": "Goal: points the metric may lose."})
+    max_disagreement: float | None = field(
+        default=None,
+        metadata={"help": "Goal: share of the rows, in points, that may answer otherwise than full depth."},
+    )
+    target_speedup: float | None = field(
+        default=None, metadata={"help": "Goal: FLOPs ratio to this model's full depth."}
+    )
+    metric: str | None = field(default=None, metadata={"help": "For --max_metric_drop. Default: by problem type."})
+    guarantee: bool = field(
+        default=False,
+        metadata={
+            "help": "Promise the goal for new rows too. For --max_accuracy_drop and --max_disagreement; if nothing can "
+            "be promised, nobody leaves early."
+        },
+    )
+    delta: float = field(default=0.1, metadata={"help": "Largest chance that a promise is broken."})
+    criterion: str | None = field(
+        default=None,
+        metadata={"help": f"Rule for leaving: {', '.join(CRITERIA)}. Default: entropy, for regression patience."},
+    )
+    per_exit: bool = field(default=False, metadata={"help": "One threshold per exit, not one for all."})
+    fit_temperatures: bool = field(default=True, metadata={"help": "Fit each exit's temperature before thresholds."})
 
 
 def run(wanted: CalibrationArguments, data: DataArguments) -> str:
-    """Choose the exit threshold, save it in the model, and say what was seen."""
+    """Choose the exit settings, save them in the model, and say what was seen and promised."""
     folder = writable_folder(wanted.model, wanted.output_dir)
     model, tokenizer = load_slim(wanted.model)
+    if len(model.config.exit_layers) == 1:
+        raise ValueError(
+            f"{wanted.model} has one exit, after its last layer, so nobody can leave early. Compress with more "
+            "--exit_layers."
+        )
     split = wanted.split or ("validation" if data.validation_file else None)
     if split is None:
         raise ValueError(
             "No rows to choose on are named. Give --split, of rows that no training saw and no report is made on, or "
             "--validation_file."
         )
-    rows = prepare_split(data, split, tokenizer, config=model.config, max_positions=longest_text(model.config))
+    rows = prepare_split(
+        data,
+        split,
+        tokenizer,
+        config=model.config,
+        max_positions=longest_text(model.config),
+        require_labels=wanted.max_disagreement is None,
+    )
     settings = calibrate(
         model,
         rows,
         make_collator(tokenizer),
         metric=wanted.metric,
+        max_accuracy_drop=wanted.max_accuracy_drop,
         max_metric_drop=wanted.max_metric_drop,
+        max_disagreement=wanted.max_disagreement,
         target_speedup=wanted.target_speedup,
+        guarantee=wanted.guarantee,
+        delta=wanted.delta,
+        criterion=wanted.criterion,
+        per_exit=wanted.per_exit,
+        fit_temperatures=wanted.fit_temperatures,
     )
     if wanted.output_dir is None:  # only the settings change, so the weights are not written again
         model.config.save_pretrained(folder)
@@ -48,11 +93,36 @@ def run(wanted: CalibrationArguments, data: DataArguments) -> str:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     seen = settings.calibration or {}
-    limit = settings.tolerance if settings.threshold is None else settings.threshold
     return (
-        f"Saved in {folder}: {settings.criterion} criterion with limit {limit:g}. On {seen['rows']} held-out rows: "
-        f"{seen['metric']} {seen['full_depth']:.4f} at full depth, {seen['early_exit']:.4f} with early exit, mean exit "
-        f"layer {seen['mean_exit_layer']:.2f}, {seen['speedup_over_full_depth']:.2f}x fewer FLOPs."
+        f"Saved in {folder}: {settings.criterion} criterion with {_limit(settings)}. {describe_seen(seen)}"
+        f"{_promise(seen)}"
+    )
+
+
+def _limit(settings: ExitConfig) -> str:
+    if settings.criterion == "patience":
+        exits = f"{settings.patience} agreeing exit{'s' if settings.patience != 1 else ''}"
+        return exits if settings.tolerance is None else f"{exits}, tolerance {settings.tolerance:g}"
+    if isinstance(settings.threshold, list):
+        return f"limits {', '.join(f'{limit:g}' for limit in settings.threshold)} (one per exit)"
+    return f"limit {settings.threshold:g}"
+
+
+LOSSES = {
+    "max_accuracy_drop": "accuracy is at most {points:g} points below full depth's",
+    "max_disagreement": "at most {points:g}% of the rows answer otherwise than at full depth",
+}
+
+
+def _promise(seen: dict[str, Any]) -> str:
+    if reason := seen.get("no_promise"):
+        return f" Nobody leaves early, because nothing can be promised. {reason}"
+    if (promise := seen.get("promise")) is None:
+        return ""
+    loss = LOSSES[promise["loss"]].format(points=100 * promise["epsilon"])
+    return (
+        f" Promised for new rows of the same kind, with probability {1 - promise['delta']:g}: {loss} (tested on "
+        f"{promise['rows']} of the rows, of which {promise['flips']} lost; bound {100 * promise['upper_bound']:.2f})."
     )
 
 

@@ -1,0 +1,214 @@
+"""To the Hub: which files of a model folder travel, the one way to push them, and a card for a model without one."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+CONFIG = "config.json"
+CARD = "README.md"
+REPORT_FILES = (CARD, "SUMMARY.md", "efficiency.json", "pareto.png")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.jinja", "*.spm", "spiece.model", "sentencepiece*.model"),
+)
+WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json")
+MODEL_FILES = (CONFIG, "*.py", *WEIGHT_FILES, *TOKENIZER_FILES, *REPORT_FILES)
+
+TAGS = ("costeff", "early-exit", "custom_code")
+PLAIN_CARD = """# {repo_id}
+
+An encoder classifier of {layers} layers with exits after layers {exits} (model type `costeff`). No measurements were
+saved with these weights.
+
+```python
+import hf_costeff
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained("{repo_id}")
+```
+
+Without that package, leave out its import and pass `trust_remote_code=True`.
+"""
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload the model files of a folder in one commit: all of them arrive, or nothing changes.
+
+    Only files that make up a model travel ([`MODEL_FILES`]): no pickles, no checkpoints, no stages.
+
+    Args:
+        folder: A saved model.
+        repo_id: `name` or `org/name`; made if it is not there.
+        commit_message: First line of the commit.
+        commit_description: The rest of the commit's message.
+        private: Whether a new repository is private; `None` is the Hub's default.
+        token: Access token; `None` uses the one you are logged in with.
+        revision: Branch, made if it is not there; `None` is `main`.
+        create_pr: Whether to open a pull request instead.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: If the folder holds no model with exits, or `repo_id` is no name for a repository.
+        PermissionError: If the Hub does not let you write there.
+        ConnectionError: If the Hub cannot be reached or the connection breaks; pushing again is safe.
+    """
+    check_model_folder(folder)
+    api = HfApi(token=token)
+    with clear_errors(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            allow_patterns=list(MODEL_FILES),
+            ignore_patterns=["*/*"],  # stages, checkpoints and whatever else lies in folders below
+        )
+
+
+@contextmanager
+def clear_errors(repo_id: str) -> Iterator[None]:
+    """Say what was asked of the Hub and what to do, where it refuses or cannot be reached."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"The Hub does not let you write to {repo_id!r} (status {error.response.status_code}). Log in with a token "
+            "that may write there (`hf auth login`), pass `token`, or choose a `repo_id` of your own."
+        ) from error
+    except (HTTPError, LocalEntryNotFoundError) as error:  # refused, cut, timed out
+        raise ConnectionError(
+            f"The connection to the Hub broke while pushing to {repo_id!r} ({error}). A push is one commit, so nothing "
+            "is there by halves. Push again."
+        ) from error
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Refuse to push what is not a saved model with exits.
+
+    Raises:
+        ValueError: Naming what is missing.
+    """
+    path = Path(folder)
+    if not (path / CONFIG).is_file() or not any(path.glob("model*.safetensors")):
+        raise ValueError(
+            f"{folder} is no saved model: it needs {CONFIG} and model.safetensors. Give the output_dir of a "
+            "compression run, or a folder that save_pretrained wrote."
+        )
+    found = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    if found != "costeff":
+        raise ValueError(
+            f"{folder} holds a model of type {found!r}, not 'costeff'. Compress it first, or push it with its own "
+            "push_to_hub."
+        )
+
+
+def copy_report(origin: str | Path, folder: str | Path) -> bool:
+    """Copy card and figures from one model folder to another if both hold the same model.
+
+    Args:
+        origin: Where the model was loaded from; a Hub id or an empty name has no files.
+        folder: Where it was saved again.
+
+    Returns:
+        Whether there was a card and it still speaks of these weights and exit settings.
+    """
+    origin, folder = Path(origin), Path(folder)
+    weights = [path.name for path in folder.glob("model*.safetensors")]
+    if not all((origin / name).is_file() for name in (CARD, CONFIG, *weights)):
+        return False
+    same_weights = all(filecmp.cmp(origin / name, folder / name, shallow=False) for name in weights)
+    if not same_weights or exit_settings(origin / CONFIG) != exit_settings(folder / CONFIG):
+        return False
+    for name in REPORT_FILES:
+        if (origin / name).is_file():
+            shutil.copy(origin / name, folder)
+    return True
+
+
+def exit_settings(file: Path) -> dict[str, Any] | None:
+    """The `exit_config` that a `config.json` or an `efficiency.json` holds."""
+    return json.loads(file.read_text(encoding="utf-8")).get("exit_config")
+
+
+def write_card(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    origin: str | Path,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    tags: list[str] | None = None,
+) -> None:
+    """Put a card beside a model that was saved in order to be pushed.
+
+    That of the folder it came from if it still holds; else that on the Hub; else one without figures.
+
+    Args:
+        folder: Where the model was saved.
+        repo_id: Where it goes.
+        origin: Where it was loaded from.
+        token: Access token; `None` uses the one you are logged in with.
+        revision: Branch it goes to.
+        tags: Added to those of the card.
+    """
+    card = None
+    if not copy_report(origin, folder):
+        card = card_on_the_hub(repo_id, token, revision) or plain_card(repo_id, folder)
+    if tags:
+        card = card or ModelCard.load(Path(folder) / CARD)
+        card.data.tags = [*dict.fromkeys([*(card.data.tags or []), *tags])]
+    if card is not None:
+        card.save(Path(folder) / CARD)
+
+
+def card_on_the_hub(repo_id: str, token: str | bool | None, revision: str | None) -> ModelCard | None:
+    """The card that is there already, if there is one."""
+    with clear_errors(repo_id):
+        try:
+            file = hf_hub_download(repo_id, CARD, token=token, revision=revision)
+        except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError):
+            return None
+    return ModelCard(Path(file).read_text(encoding="utf-8"))
+
+
+def plain_card(repo_id: str, folder: str | Path) -> ModelCard:
+    """A card for a model without measurements: what it is and how to load it."""
+    layers = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["exit_layers"]
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=list(TAGS))
+    text = PLAIN_CARD.format(repo_id=repo_id, layers=layers[-1], exits=", ".join(map(str, layers)))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -1,0 +1,359 @@
+"""Push and pull: every way to load a saved or pushed model, what is uploaded, and what a refusal says.
+
+Loading and pushing run in fresh processes: what is imported there, and which Hub is asked, is the test's to say.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from helpers import random_batch, tiny_model, word_tokenizer
+from hf_costeff import CostEffConfig, CostEffForSequenceClassification, CostEffModel, ExitConfig
+from hf_costeff.hub import copy_report, push_folder
+from loopback_hub import READER, TOKEN, LoopbackHub, run_python
+from test_house import TIER_0
+
+CODE = {file.name for file in TIER_0}
+AUTO_MAP = {
+    "AutoConfig": "configuration_costeff.CostEffConfig",
+    "AutoModel": "modeling_costeff.CostEffModel",
+    "AutoModelForSequenceClassification": "modeling_costeff.CostEffForSequenceClassification",
+}
+INPUTS = random_batch([7, 3, 11, 2, 9, 5])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A model folder as `compress` leaves it, with things beside that must not travel, and the answers to expect."""
+    root = tmp_path_factory.mktemp("saved")
+    model = tiny_model(exit_config=ExitConfig(threshold=0.8).to_dict())
+    model.save_pretrained(root / "slim")
+    word_tokenizer().save_pretrained(root / "slim")
+    (root / "slim" / "README.md").write_text("---\nlibrary_name: transformers\ntags:\n- mine\n---\n\n# Our card\n")
+    (root / "slim" / "efficiency.json").write_text(json.dumps({"exit_config": model.config.exit_config}))
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "checksums.json", "notes.json"):
+        (root / "slim" / name).write_text(f"{Path.home()} {TOKEN}")
+    for folder in ("stages/assistant", "checkpoint-3"):
+        (root / "slim" / folder).mkdir(parents=True)
+        (root / "slim" / folder / "config.json").write_text("{}")
+        (root / "slim" / folder / "model.safetensors").write_text("not for the Hub")
+    prediction = model.predict(**INPUTS, early_exit=True)
+    assert len(set(prediction.exit_layer.tolist())) > 1
+    expected = {"inputs": INPUTS, "exit_layer": prediction.exit_layer, "logits": prediction.logits}
+    torch.save(expected, root / "expected.pt")
+    return root
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as running:
+        yield running
+
+
+def check(run) -> str:
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+# --- what is saved
+
+
+def test_the_code_travels_with_the_weights_and_every_auto_class_finds_its_own(saved):
+    assert {path.name for path in (saved / "slim").glob("*.py")} == CODE
+    assert json.loads((saved / "slim" / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+@pytest.mark.parametrize("model_class", [CostEffModel, CostEffForSequenceClassification])
+def test_whichever_class_is_saved_the_map_is_complete(model_class, tmp_path):
+    tiny_model(model_class=model_class).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_a_config_saved_alone_maps_only_to_the_files_that_are_there(tmp_path):
+    CostEffConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {"AutoConfig": AUTO_MAP["AutoConfig"]}
+    code = {path.name for path in tmp_path.glob("*.py")}
+    assert "configuration_costeff.py" in code and "modeling_costeff.py" not in code and code < CODE
+
+
+class OwnModel(CostEffForSequenceClassification):
+    """Somebody's subclass, in a file of theirs."""
+
+
+def test_a_subclass_from_elsewhere_maps_to_its_own_file_and_to_no_file_that_was_not_saved(tmp_path):
+    model = OwnModel(tiny_model(seed=0).config)
+    model.config.auto_map = {"AutoModel": "org/other--modeling_costeff.CostEffModel"}
+    model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map == {
+        "AutoConfig": AUTO_MAP["AutoConfig"],
+        "AutoModelForSequenceClassification": "test_hub.OwnModel",
+    }
+    assert all((tmp_path / f"{target.split('.')[0]}.py").exists() for target in auto_map.values())
+
+
+# --- load three ways, from a folder and from the Hub
+
+LOAD = """
+import json, sys, torch
+name, way, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+if way == "absent":
+    sys.modules["hf_costeff"] = None  # any import of it fails
+if way == "imported":
+    import hf_costeff
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+if way != "imported":
+    settings["trust_remote_code"] = True
+expected = torch.load(sys.argv[4])
+assert type(AutoConfig.from_pretrained(name, **settings)).__name__ == "CostEffConfig"
+for auto in (AutoModelForSequenceClassification, AutoModel):
+    model, report = auto.from_pretrained(name, output_loading_info=True, **settings)
+    assert not any(report.values()), report
+    home = type(model).__module__.split(".")[0]
+    assert home == ("hf_costeff" if way == "imported" else "transformers_modules"), home
+    prediction = model.predict(**expected["inputs"], early_exit=True)
+    assert torch.equal(prediction.exit_layer, expected["exit_layer"])
+    torch.testing.assert_close(prediction.logits, expected["logits"], rtol=1e-5, atol=1e-5)
+    if len(sys.argv) > 5:
+        model.save_pretrained(sys.argv[5] + auto.__name__)
+print("answers alike")
+"""
+WAYS = ["imported", "absent", "installed"]
+
+
+def load(name, way, saved, environment, folder, *save_again, **settings) -> str:
+    arguments = (name, way, json.dumps(settings), saved / "expected.pt", *save_again)
+    return check(run_python(LOAD, environment, folder, *arguments))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_folder_loads_three_ways_and_so_does_what_is_saved_from_it_again(way, saved, hub, tmp_path):
+    offline = hub.environment(tmp_path, HF_HUB_OFFLINE="1")
+    assert load(saved / "slim", way, saved, offline, tmp_path, "again-") == "answers alike\n"
+    config = json.loads((tmp_path / "again-AutoModelForSequenceClassification" / "config.json").read_text())
+    assert config["auto_map"] == AUTO_MAP
+    folder = tmp_path / "again-AutoModelForSequenceClassification"
+    assert load(folder, "absent", saved, offline, tmp_path) == "answers alike\n"
+
+
+@pytest.mark.parametrize("way", ["imported", "absent"])
+def test_a_pushed_repository_loads_three_ways_then_offline_and_from_where_it_is_saved_again(way, saved, hub, tmp_path):
+    environment = hub.environment(tmp_path)
+    check(run_python(PUSH, environment, tmp_path, saved / "slim", "org/slim"))
+    reader = hub.environment(tmp_path, token=None)
+    assert load("org/slim", way, saved, reader, tmp_path, "again-") == "answers alike\n"
+    asked = len(hub.requests)
+    offline = hub.environment(tmp_path, token=None, HF_HUB_OFFLINE="1")
+    assert load("org/slim", way, saved, offline, tmp_path) == "answers alike\n"
+    assert len(hub.requests) == asked
+    assert load("org/slim", way, saved, reader, tmp_path, local_files_only=True) == "answers alike\n"
+    again = tmp_path / "again-AutoModelForSequenceClassification"
+    assert "--" not in json.dumps(json.loads((again / "config.json").read_text())["auto_map"])
+    assert load(again, "absent", saved, offline, tmp_path) == "answers alike\n"
+
+
+PUSH = """
+import sys, hf_costeff
+from hf_costeff.hub import push_folder
+print(push_folder(sys.argv[1], sys.argv[2]).commit_url)
+"""
+
+COMMAND_PUSH = """
+import sys
+from hf_costeff.cli import main
+sys.exit(main(["push", *sys.argv[1:]]))
+"""
+
+TRAINER_PUSH = """
+import sys
+from datasets import Dataset
+from hf_costeff import CostEffTrainer, CostEffTrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForSequenceClassification, AutoTokenizer))
+rows = Dataset.from_list([{"input_ids": [2, 5, 3], "attention_mask": [1, 1, 1], "labels": 1}] * 4)
+arguments = CostEffTrainingArguments(
+    "out", max_steps=2, save_steps=1, use_cpu=True, report_to="none", push_to_hub=True, hub_model_id="org/trained"
+)
+trainer = CostEffTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+trainer.train()
+trainer.push_to_hub()
+"""
+
+
+# --- what arrives
+
+
+MODEL_PUSH = """
+import json, sys, hf_costeff
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+settings = json.loads(sys.argv[3])
+if settings.pop("change", False):
+    model.costeff.embeddings.norm.bias.data.add_(1)
+model.push_to_hub(sys.argv[2], **settings)
+"""
+FILES = {"config.json", "model.safetensors", "README.md", "efficiency.json", ".gitattributes", *CODE}
+
+
+def test_a_pushed_folder_is_the_model_and_nothing_else(saved, hub, tmp_path):
+    url = check(run_python(PUSH, hub.environment(tmp_path), tmp_path, saved / "slim", "org/slim")).strip()
+    files = hub.files("org/slim")
+    assert set(files) == {*FILES, "tokenizer.json", "tokenizer_config.json"}
+    assert url.startswith(f"{hub.endpoint}/org/slim/commit/")
+    assert files["README.md"] == (saved / "slim" / "README.md").read_bytes()
+    everything = b"".join(files.values())
+    for secret in (str(Path.home()), str(saved), TOKEN):
+        assert secret.encode() not in everything
+
+
+def test_a_models_own_push_carries_the_card_of_the_folder_it_came_from(saved, hub, tmp_path):
+    environment = hub.environment(tmp_path)
+    arguments = (saved / "slim", "slim", json.dumps({"private": True, "commit_message": "First", "tags": ["film"]}))
+    check(run_python(MODEL_PUSH, environment, tmp_path, *arguments))
+    files = hub.files("org/slim")
+    assert set(files) == FILES and hub.repos["org/slim"]["private"]
+    assert files["README.md"].decode().endswith("# Our card\n") and b"- mine\n- film\n" in files["README.md"]
+
+
+def test_a_changed_model_gets_a_card_without_figures_and_leaves_one_that_is_there(saved, hub, tmp_path):
+    """The first card's figures were measured on other weights; what somebody wrote on the Hub is theirs."""
+    environment = hub.environment(tmp_path)
+    changed = (saved / "slim", "org/changed", json.dumps({"change": True}))
+    check(run_python(MODEL_PUSH, environment, tmp_path, *changed))
+    card = hub.files("org/changed")["README.md"].decode()
+    assert "No measurements were" in card and "org/changed" in card and "Our card" not in card
+    assert "efficiency.json" not in hub.files("org/changed")
+    hub.add_commit("org/changed", "main", {**hub.files("org/changed"), "README.md": b"---\ntags: []\n---\nTheirs.\n"})
+    check(run_python(MODEL_PUSH, environment, tmp_path, *changed))
+    assert b"Theirs." in hub.files("org/changed")["README.md"]
+
+
+def test_a_report_goes_along_only_while_weights_and_exit_settings_are_its_own(saved, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(saved / "slim")
+    model.save_pretrained(tmp_path / "same")
+    assert copy_report(saved / "slim", tmp_path / "same")
+    assert (tmp_path / "same" / "efficiency.json").exists()
+    model.config.exit_config = ExitConfig(threshold=0.5).to_dict()
+    model.save_pretrained(tmp_path / "other-settings")
+    assert not copy_report(saved / "slim", tmp_path / "other-settings")
+    assert not copy_report("", tmp_path / "same") and not copy_report("org/slim", tmp_path / "same")
+
+
+def test_the_command_pushes_a_folder_and_prints_where(saved, hub, tmp_path):
+    words = (saved / "slim", "--repo_id", "org/slim", "--private", "--revision", "v1", "--commit_message", "Hello")
+    out = check(run_python(COMMAND_PUSH, hub.environment(tmp_path), tmp_path, *words))
+    assert out.startswith(f"Pushed to {hub.endpoint}/org/slim/commit/")
+    assert set(hub.files("org/slim", "v1")) >= FILES and hub.repos["org/slim"]["private"]
+    refused = run_python(COMMAND_PUSH, hub.environment(tmp_path, token=READER), tmp_path, *words)
+    assert refused.returncode == 1 and "(status 403)" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_trainer_pushes_model_tokenizer_and_card_and_no_pickle_at_any_time(saved, hub, tmp_path):
+    check(run_python(TRAINER_PUSH, hub.environment(tmp_path), tmp_path, saved / "slim"))
+    assert (tmp_path / "out" / "training_args.bin").exists()
+    files = hub.files("org/trained")
+    assert set(files) == {*FILES, "tokenizer.json", "tokenizer_config.json"} - {"efficiency.json"}
+    assert "No measurements were" in files["README.md"].decode()
+    pushed = {name for commit in hub.commits.values() for name in commit}
+    assert not [name for name in pushed if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+def test_a_branch_is_made_and_loads_by_its_name(saved, hub, tmp_path):
+    environment = hub.environment(tmp_path)
+    check(run_python(MODEL_PUSH, environment, tmp_path, saved / "slim", "org/slim", json.dumps({"revision": "v2"})))
+    assert set(hub.files("org/slim", "main")) == {".gitattributes"}
+    for way in ("imported", "absent"):
+        assert load("org/slim", way, saved, environment, tmp_path, revision="v2") == "answers alike\n"
+    missing = run_python(
+        LOAD, environment, tmp_path, "org/slim", "imported", '{"revision": "v3"}', saved / "expected.pt"
+    )
+    assert missing.returncode and "v3 is not a valid git identifier" in missing.stderr
+
+
+def test_a_model_in_a_subfolder_loads(saved, hub, tmp_path):
+    environment = hub.environment(tmp_path)
+    check(run_python(PUSH, environment, tmp_path, saved / "slim", "org/slim"))
+    below = {f"small/{name}": content for name, content in hub.files("org/slim").items()}
+    hub.add_commit("org/slim", "main", below)
+    assert load("org/slim", "imported", saved, environment, tmp_path, subfolder="small") == "answers alike\n"
+
+
+def test_pushing_again_is_a_commit_on_the_same_repository(saved, hub, tmp_path):
+    for _ in range(2):
+        check(run_python(PUSH, hub.environment(tmp_path), tmp_path, saved / "slim", "org/slim"))
+    assert hub.requests.count("POST /api/repos/create") == 2 and len(hub.repos) == 1  # the second was a 409
+
+
+# --- what goes wrong
+
+
+def test_a_connection_that_is_cut_once_in_mid_upload_is_tried_again(saved, hub, tmp_path):
+    hub.drop_commits = 1
+    check(run_python(PUSH, hub.environment(tmp_path), tmp_path, saved / "slim", "org/slim"))
+    assert set(hub.files("org/slim")) >= FILES
+
+
+def test_a_connection_that_keeps_being_cut_leaves_the_repository_as_it_was_and_the_next_push_completes_it(
+    saved, hub, tmp_path
+):
+    hub.drop_commits = 100
+    environment = hub.environment(tmp_path)
+    impatient = f"import time\ntime.sleep = lambda seconds: None\n{PUSH}"
+    cut = run_python(impatient, environment, tmp_path, saved / "slim", "org/slim")
+    assert cut.returncode
+    assert "ConnectionError: The connection to the Hub broke while pushing to 'org/slim'" in cut.stderr
+    assert set(hub.files("org/slim")) == {".gitattributes"} and hub.drop_commits < 99
+    hub.drop_commits = 0
+    check(run_python(PUSH, environment, tmp_path, saved / "slim", "org/slim"))
+    assert set(hub.files("org/slim")) >= FILES
+
+
+@pytest.mark.parametrize(("token", "status"), [(None, 401), ("hf_wrong", 401), (READER, 403)])
+def test_a_token_that_may_not_write_is_told_so_and_how_to_get_one(token, status, saved, hub, tmp_path):
+    run = run_python(PUSH, hub.environment(tmp_path, token=token), tmp_path, saved / "slim", "org/slim")
+    assert f"The Hub does not let you write to 'org/slim' (status {status})" in run.stderr
+    assert "hf auth login" in run.stderr and hub.repos == {}
+
+
+def test_without_a_hub_the_error_names_the_repository(saved, hub, tmp_path):
+    environment = hub.environment(tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    for code, arguments in ((PUSH, ()), (MODEL_PUSH, ("{}",))):
+        run = run_python(code, environment, tmp_path, saved / "slim", "org/slim", *arguments)
+        assert "ConnectionError: The connection to the Hub broke while pushing to 'org/slim'" in run.stderr
+
+
+def test_a_private_repository_is_not_found_without_a_token(saved, hub, tmp_path):
+    environment = hub.environment(tmp_path)
+    check(run_python(MODEL_PUSH, environment, tmp_path, saved / "slim", "org/slim", '{"private": true}'))
+    assert load("org/slim", "imported", saved, environment, tmp_path, token=TOKEN) == "answers alike\n"
+    stranger = hub.environment(tmp_path / "stranger", token=None)
+    run = run_python(LOAD, stranger, tmp_path, "org/slim", "imported", "{}", saved / "expected.pt")
+    assert run.returncode and "org/slim is not a local folder and is not a valid model identifier" in run.stderr
+
+
+def test_what_is_no_model_of_this_kind_is_not_pushed(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is no saved model: it needs config\.json and model\.safetensors"):
+        push_folder(tmp_path / "nowhere", "org/slim")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="holds a model of type 'bert', not 'costeff'"):
+        push_folder(tmp_path, "org/slim")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "", "org/sl im"])
+def test_a_name_that_no_repository_can_have_is_refused(name, saved):
+    with pytest.raises(ValueError, match="Repo id"):
+        push_folder(saved / "slim", name)
+
+
+def test_metadata_that_the_hub_does_not_take_is_refused_before_anything_is_sent(saved, hub, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "slim")
+    (tmp_path / "slim" / "README.md").write_text("---\nlicense: no-such\n---\n")
+    run = run_python(PUSH, hub.environment(tmp_path), tmp_path, tmp_path / "slim", "org/slim")
+    assert "Invalid metadata in README.md" in run.stderr and set(hub.files("org/slim")) == {".gitattributes"}
