@@ -268,6 +268,18 @@ def test_a_finished_run_is_not_repeated_and_takes_another_goal_without_training(
     compress(teacher, make_data(), finished.model_path, compression=2, **SPLIT)  # as it was, for the other tests
 
 
+def test_a_finished_run_is_pushed_when_asked_for(teacher, finished, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(hf_costeff.compression, "push_folder", lambda *given: pushed.append(given))
+    compress(teacher, make_data(), finished.model_path, compression=2, **SPLIT)
+    assert pushed == []
+    compress(teacher, make_data(), finished.model_path, compression=2, push_to_hub="org/slim", **SPLIT)
+    assert pushed == [(finished.model_path, "org/slim")]
+    assert 'from_pretrained("org/slim")' in (finished.model_path / "README.md").read_text()
+    with pytest.raises(Exception, match="org//slim"):
+        compress(teacher, make_data(), finished.model_path, compression=2, push_to_hub="org//slim", **SPLIT)
+
+
 def test_a_damaged_stage_is_refused_with_its_remedy_and_nothing_else_is_lost(teacher, tmp_path):
     folder = tmp_path / "slim"
     with pytest.MonkeyPatch.context() as patch:

@@ -726,7 +726,8 @@ SAVED_CHANGES = {
 def test_a_saved_model_loads_with_equal_weights_config_and_outputs(tmp_path, model_class):
     model = tiny_model(model_class=model_class, **SAVED_CHANGES)
     model.save_pretrained(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    kept = sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".py")  # the code goes along
+    assert kept == ["config.json", "model.safetensors"]
     loaded, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     expected = model.state_dict()

@@ -249,9 +249,14 @@ def _column(values: np.ndarray) -> np.ndarray:
 
 def _correlation(function: Callable, logits: np.ndarray, labels: np.ndarray) -> float:
     predicted, true = _column(logits), _column(labels)
-    if len(true) < 2 or np.ptp(predicted) == 0 or np.ptp(true) == 0:
+    if len(true) < 2 or _is_constant(predicted) or _is_constant(true):
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nearly constant input: answered by 0.0 below
         value = float(function(predicted, true).statistic)
     return value if np.isfinite(value) else 0.0
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    """Whether values differ by no more than rounding, of which a correlation would be noise."""
+    return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
