@@ -37,10 +37,12 @@ from hf_costeff.efficiency import PAPER_SEQ_LENGTH, count_parameters, full_depth
 from hf_costeff.evaluation import collect_exit_logits
 from hf_costeff.importance import Importance, compute_importance
 from hf_costeff.metrics import METRICS
+from hf_costeff.recipes import fast_recipe
 from hf_costeff.slenderization import Budget, SlenderizationPlan, Widths, describe_widths, solve_widths
 from hf_costeff.trainer import Teacher
 from real_run import METRIC, SPLITS, best_at_flops
 
+TOKEN_REPLACEMENT_RATE = fast_recipe(0, 0).token_replacement_rate
 VARIANTS = ("base", "final-exit", "single-exit", "two-stage", "squat", "random")
 
 
@@ -49,6 +51,7 @@ class Setting:
     """What all variants of a task share."""
 
     data: PreparedData
+    tokenizer: Any
     collator: Any
     assistant: CostEffForSequenceClassification
     teacher: Any
@@ -74,10 +77,16 @@ class Setting:
                 seed=self.seed,
                 save_strategy="no",
                 disable_tqdm=True,
+                token_replacement_rate=TOKEN_REPLACEMENT_RATE,
                 **weights,
             )
             CostEffTrainer(
-                model, arguments, teacher=teacher, train_dataset=self.data.train, data_collator=self.collator
+                model,
+                arguments,
+                teacher=teacher,
+                train_dataset=self.data.train,
+                data_collator=self.collator,
+                processing_class=self.tokenizer,
             ).train()
 
     def importance(self, exits: slice) -> Importance:
@@ -224,6 +233,7 @@ def main() -> None:
             set_seed(seed)
             setting = Setting(
                 data=data,
+                tokenizer=tokenizer,
                 collator=make_collator(tokenizer),
                 assistant=copy.deepcopy(assistant),
                 teacher=teacher,

@@ -5,7 +5,7 @@
 The pool is a labelled split that no training saw; `--logits` keeps its exit logits (written once, then read). Each
 sample is drawn from the pool with replacement. A choice is broken if its loss on the whole pool is above epsilon: the
 share of rows that full depth has right and early exit wrong, or that differ; beside it, the net drop in accuracy.
-The result goes to benchmarks/results/guarantees-<task>.json.
+The result goes to benchmarks/results/guarantees-<task>.json as it comes; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_costeff import CostEffConfig
-from hf_costeff.calibration import ExitLogits, ExitReplay, ExitSearch, choose_exit_config
+from hf_costeff.calibration import ExitSearch, choose_exit_config
 from hf_costeff.data import DataArguments, make_collator, prepare_split
 from hf_costeff.evaluation import collect_exit_logits, row_keys
+from hf_costeff.exit_replay import ExitLogits, ExitReplay
 
 EPSILONS = (0.005, 0.01, 0.02)
 DELTA = 0.1
@@ -45,7 +46,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(given.model)
     pool = load_pool(given, model)
     search = ExitSearch(given.criterion, given.per_exit)
-    result = {
+    about = {
         "task": given.task,
         "pool_rows": len(pool.logits),
         "sample_rows": given.rows,
@@ -53,19 +54,21 @@ def main() -> None:
         "delta": DELTA,
         "allowed_share_broken": DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / given.samples),
         "search": vars(search),
-        "runs": [
-            {"goal": goal, "epsilon": epsilon, "guarantee": guarantee}
-            | repeat(pool, model.config, search, goal, epsilon, guarantee, given.rows, given.samples)
-            for goal in GOALS
-            for epsilon in EPSILONS
-            for guarantee in (True, False)
-        ],
     }
     output = Path(__file__).parent / "results" / f"guarantees-{given.task}.json"
     output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps(result, indent=1))
-    for run in result["runs"]:
-        print(json.dumps(run))
+    before = json.loads(output.read_text()) if output.exists() else {}
+    runs = before["runs"] if {**before, "runs": []} == {**about, "runs": []} else []
+    wanted = [
+        {"goal": goal, "epsilon": epsilon, "guarantee": guarantee}
+        for goal in GOALS
+        for epsilon in EPSILONS
+        for guarantee in (True, False)
+    ]
+    for asked in wanted[len(runs) :]:
+        runs.append(asked | repeat(pool, model.config, search, **asked, rows=given.rows, samples=given.samples))
+        output.write_text(json.dumps({**about, "runs": runs}, indent=1))
+        print(json.dumps(runs[-1]))
 
 
 def load_pool(given: argparse.Namespace, model) -> ExitLogits:
@@ -88,6 +91,7 @@ def repeat(
     pool: ExitLogits,
     config: CostEffConfig,
     search: ExitSearch,
+    *,
     goal: str,
     epsilon: float,
     guarantee: bool,
@@ -97,7 +101,7 @@ def repeat(
     """Shares over the samples, and the speed-up that was kept."""
     whole = ExitReplay(pool, config)
     losses = whole.losses(goal)
-    full = whole.metric(None, "accuracy")
+    full = whole.full_depth.metric("accuracy")
     broken, dropped, fell_back, speedups = 0, 0, 0, []
     generator = np.random.default_rng(0)
     for _ in tqdm(range(samples), desc=f"{goal} {epsilon} {'promise' if guarantee else 'sweep'}", leave=False):
@@ -108,10 +112,11 @@ def repeat(
         settings = choose_exit_config(
             sample, config, "accuracy", **limit, search=search, guarantee=guarantee, delta=DELTA
         )
-        broken += whole.lost(losses, settings) > epsilon * len(pool.logits)
-        dropped += full - whole.metric(settings, "accuracy") > epsilon + 1e-12
+        exits = whole.at(settings)
+        broken += exits.lost(losses) > epsilon * len(pool.logits)
+        dropped += full - exits.metric("accuracy") > epsilon + 1e-12
         fell_back += "no_promise" in settings.calibration
-        speedups.append(whole.mean_flops(None) / whole.mean_flops(settings))
+        speedups.append(whole.full_depth.mean_flops / exits.mean_flops)
     return {
         "share_broken": broken / samples,
         "share_accuracy_dropped_more": dropped / samples,

@@ -17,11 +17,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_costeff import CostEffConfig, ExitConfig, compress
-from hf_costeff.calibration import ExitLogits, ExitSearch, choose_exit_config, exit_outcome
+from hf_costeff.calibration import ExitSearch, choose_exit_config
 from hf_costeff.data import DataArguments, make_collator, prepare_data
 from hf_costeff.efficiency import PAPER_SEQ_LENGTH, stock_flops
 from hf_costeff.evaluation import collect_exit_logits
-from hf_costeff.exit_criteria import simulate_exits
+from hf_costeff.exit_criteria import answers, simulate_exits
+from hf_costeff.exit_replay import ExitLogits, exit_outcome
 from hf_costeff.metrics import METRICS, paired_bootstrap
 
 PAPER_RATIO = 19
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--compression", type=float, default=8)
     parser.add_argument("--embedding_rank", type=int)
+    parser.add_argument("--token_replacement_rate", type=float)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--runs", default="runs")
     given = parser.parse_args()
@@ -54,6 +56,7 @@ def main() -> None:
         "recipe": given.recipe,
         "compression": given.compression,
         "embedding_rank": given.embedding_rank,
+        "token_replacement_rate": given.token_replacement_rate,
         "seed": given.seed,
         **SPLITS.get(given.task, {}),
     }
@@ -67,6 +70,7 @@ def main() -> None:
         "recipe",
         "compression",
         "embedding_rank",
+        "token_replacement_rate",
         "allocation",
         "events",
         "exit_pooling",
@@ -81,7 +85,11 @@ def main() -> None:
 
 
 def at_paper_flops(model_path: Path, teacher: str, data: str, options: dict) -> dict:
-    """The metric at 1/19 of the teacher's FLOPs, with intervals of the difference to the teacher (paired bootstrap)."""
+    """The metric at 1/19 of the teacher's FLOPs, with intervals of the difference to the teacher (paired bootstrap).
+
+    Settings are chosen on calibration rows, which may come to a little more or less than 1/19 on validation; and, as
+    `on_validation_texts`, on the validation texts without their labels, which comes to just that.
+    """
     stages = model_path / "stages"
     teacher = str(stages / "teacher") if (stages / "teacher").exists() else teacher
     names = {field.name for field in dataclasses.fields(DataArguments)}
@@ -102,6 +110,8 @@ def at_paper_flops(model_path: Path, teacher: str, data: str, options: dict) -> 
     metric, problem_type = options["metric"], slim.config.resolved_problem_type
     budget = stock_flops(stock.config, PAPER_SEQ_LENGTH) / PAPER_RATIO
     reached = best_at_flops(calibration, validation, slim.config, metric, budget)
+    answered = dataclasses.replace(validation, labels=answers(validation.logits[:, -1], problem_type))
+    on_budget = best_at_flops(answered, validation, slim.config, metric, budget)
     settings = ExitConfig.from_dict(reached["exit_config"])
     exits = simulate_exits(validation.logits, settings, slim.config.exit_layers, problem_type)
     function, labels, teacher_logits = (
@@ -109,7 +119,7 @@ def at_paper_flops(model_path: Path, teacher: str, data: str, options: dict) -> 
         reference.known_labels(),
         reference.logits[:, 0].numpy(),
     )
-    answers = {
+    logits = {
         "full_depth": validation.logits[:, -1].numpy(),
         "early_exit": validation.logits[torch.arange(len(exits)), exits].numpy(),
     }
@@ -117,15 +127,16 @@ def at_paper_flops(model_path: Path, teacher: str, data: str, options: dict) -> 
         **reached,
         "teacher": function(teacher_logits, labels),
         "difference_to_teacher_95": {
-            name: paired_bootstrap(function, logits, teacher_logits, labels) for name, logits in answers.items()
+            name: paired_bootstrap(function, found, teacher_logits, labels) for name, found in logits.items()
         },
+        "on_validation_texts": {key: on_budget[key] for key in ("early_exit", "flops", "mean_exit_layer")},
     }
 
 
 def best_at_flops(
     calibration: ExitLogits, validation: ExitLogits, config: CostEffConfig, metric: str, budget: float
 ) -> dict:
-    """The most careful threshold that keeps a FLOPs budget on calibration rows, every row at 128 tokens."""
+    """The settings that keep a FLOPs budget and have the best metric on calibration rows, every row at 128 tokens."""
     calibration, validation = (
         dataclasses.replace(records, seq_lengths=torch.full_like(records.seq_lengths, PAPER_SEQ_LENGTH))
         for records in (calibration, validation)

@@ -36,22 +36,24 @@ def runs() -> list[tuple[str, dict]]:
 
 def tasks_table() -> str:
     lines = [
-        "| run | metric | teacher | assistant | slim, full depth | kept | at 1/19 FLOPs | kept | mean exit layer "
-        "| parameters | FLOPs, full depth |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| run | metric | teacher | assistant | slim, full depth | kept | early exit, chosen for 1/19 | kept | came to "
+        "| early exit, 1/19 on these texts | kept | mean exit layer | parameters | FLOPs, full depth |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs():
         teacher, assistant, full, _ = run["rows"]
         metric, paper = run["metric"], run["at_paper_flops"]
         base, low, high = teacher["metrics"][metric], *paper["difference_to_teacher_95"]["full_depth"][1:]
+        exact = paper["on_validation_texts"]
         early_low, early_high = paper["difference_to_teacher_95"]["early_exit"][1:]
         lines.append(
             f"| {name} | {metric} | {base:.4f} | {assistant['metrics'][metric]:.4f} "
             f"| {full['metrics'][metric]:.4f} ({100 * low:+.1f} to {100 * high:+.1f} points) "
             f"| {full['metrics'][metric] / base:.1%} "
             f"| {paper['early_exit']:.4f} ({100 * early_low:+.1f} to {100 * early_high:+.1f} points) "
-            f"| {paper['early_exit'] / base:.1%} "
-            f"| {paper['mean_exit_layer']:.2f} of {len(full['exit_shares'])} "
+            f"| {paper['early_exit'] / base:.1%} | 1/{teacher['flops_per_row_at_128'] / paper['flops']:.1f} "
+            f"| {exact['early_exit']:.4f} | {exact['early_exit'] / base:.1%} "
+            f"| {exact['mean_exit_layer']:.2f} of {len(full['exit_shares'])} "
             f"| 1/{teacher['parameters'] / full['parameters']:.2f} "
             f"| 1/{teacher['flops_per_row_at_128'] / full['flops_per_row_at_128']:.2f} |"
         )

@@ -220,6 +220,8 @@ class Handler(BaseHTTPRequestHandler):
         for line in lines:
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
         made = self.hub.add_commit(repo, revision, files)
         url = f"{self.hub.endpoint}/{repo}/commit/{made}"
         self.answer(200, {"commitUrl": url, "commitOid": made, "success": True})

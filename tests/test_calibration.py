@@ -17,16 +17,14 @@ from scipy.stats import binomtest
 
 from helpers import tiny_config
 from hf_costeff.calibration import (
-    ExitLogits,
-    ExitReplay,
     ExitSearch,
     candidate_settings,
     choose_exit_config,
     exit_curve,
-    exit_outcome,
     fit_temperatures,
 )
 from hf_costeff.exit_criteria import ExitConfig, simulate_exits
+from hf_costeff.exit_replay import ExitLogits, ExitReplay, exit_outcome
 from hf_costeff.guarantees import split_rows
 
 choose = partial(choose_exit_config, search=ExitSearch(fit_temperatures=False))  # thresholds worked by hand
@@ -247,8 +245,8 @@ def test_regression_is_calibrated_by_patience_with_a_tolerance_in_label_units():
     expected = [(1, 2, 3, 4)[index] for index in plain_regression_exits(settings.tolerance)]
     assert settings.calibration["mean_exit_layer"] == pytest.approx(sum(expected) / 5)
     assert settings.calibration["early_exit"] == pytest.approx(1.0)
-    tolerances = [candidate.tolerance for candidate in candidate_settings(regression_records(), "regression")]
-    bolder = [t for t in tolerances if t > settings.tolerance]
+    *path, _ = candidate_settings(regression_records(), config, "patience")
+    bolder = [candidate.tolerance for candidate in path if candidate.tolerance > settings.tolerance]
     outcome = exit_outcome(
         regression_records(), ExitConfig("patience", patience=1, tolerance=bolder[0]), config, "spearman"
     )
@@ -258,19 +256,60 @@ def test_regression_is_calibrated_by_patience_with_a_tolerance_in_label_units():
 def test_regression_reaches_a_speed_up_at_the_most_careful_tolerance():
     config = tiny_config(num_labels=1)
     settings = choose(regression_records(), config, "spearman", target_speedup=1.2)
-    careful = [
-        c.tolerance for c in candidate_settings(regression_records(), "regression") if c.tolerance < settings.tolerance
-    ]
-    for tolerance in careful:
-        attempt = ExitConfig("patience", patience=1, tolerance=tolerance)
-        assert exit_outcome(regression_records(), attempt, config, "spearman").speedup < 1.2
+    *path, _ = candidate_settings(regression_records(), config, "patience")
+    for candidate in path:
+        if candidate.tolerance < settings.tolerance:
+            attempt = dataclasses.replace(candidate, checked_exits=settings.checked_exits)
+            assert exit_outcome(regression_records(), attempt, config, "spearman").speedup < 1.2
     assert settings.calibration["speedup_over_full_depth"] >= 1.2
 
 
-def test_with_the_boldest_tolerance_every_row_leaves_as_early_as_it_can():
-    boldest = candidate_settings(regression_records(), "regression")[-1]
-    outcome = exit_outcome(regression_records(), boldest, tiny_config(num_labels=1), "spearman")
-    assert outcome.mean_exit_layer == 2.0  # one agreement needs two exits
+def test_the_boldest_patience_waits_for_no_agreement_and_the_boldest_tolerance_for_one():
+    config = tiny_config(num_labels=1)
+    for first, checked in ((1.0, None), (2.0, [2, 3])):
+        *_, tolerant, boldest = candidate_settings(regression_records(), config, "patience", checked_exits=checked)
+        assert (boldest.patience, boldest.tolerance, boldest.checked_exits) == (0, None, checked)
+        layers = [
+            exit_outcome(regression_records(), s, config, "spearman").mean_exit_layer for s in (tolerant, boldest)
+        ]
+        assert layers == [first + 1, first]  # one agreement needs two exits
+
+
+def shallow_exits_are_poor(rows: int = 300) -> ExitLogits:
+    """Regression with four exits: the first two know little, the third is as good as the last."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(rows, generator=generator)
+    noise = torch.randn(rows, 4, generator=generator) * torch.tensor([2.0, 2.0, 0.2, 0.2])
+    return ExitLogits((truth[:, None] + noise).unsqueeze(-1), torch.full((rows,), LENGTH), truth)
+
+
+def test_where_a_speed_up_must_be_reached_nobody_goes_deeper_than_it_takes():
+    """At three layers each the third exit can answer all rows; a little less, and some must leave at the second."""
+    config = tiny_config(num_labels=1, num_attention_heads=2, intermediate_size=16)
+    records = shallow_exits_are_poor()
+    replay = ExitReplay(records, config)
+    all_at_three = replay.outcome(ExitConfig("patience", patience=0, checked_exits=[3]), "spearman")
+    enough = choose(records, config, "spearman", target_speedup=all_at_three.speedup)
+    assert (enough.patience, enough.checked_exits) == (0, [3])
+    bit_more = choose(records, config, "spearman", target_speedup=1.05 * all_at_three.speedup)
+    shares = replay.at(bit_more).exit_shares
+    assert bit_more.patience[2] == 0 and bit_more.patience[1] == 1 and shares[2] > 0.7 and shares[3] == 0
+    anyone = choose(
+        *(records, config, "spearman"),
+        target_speedup=1.05 * all_at_three.speedup,
+        search=ExitSearch(checked_exits=[1, 2, 3]),
+    )
+    assert bit_more.calibration["early_exit"] > anyone.calibration["early_exit"] + 0.05
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4])
+def test_other_exits_are_checked_only_where_that_is_better_by_more_than_chance(seed):
+    """All exits are alike, so that other exits than all look best here by chance."""
+    records = shallow_exits_are_poor()
+    noise = torch.randn(300, 4, 1, generator=torch.Generator().manual_seed(seed))
+    alike = dataclasses.replace(records, logits=records.labels[:, None, None] + noise)
+    settings = choose(alike, tiny_config(num_labels=1), "spearman", target_speedup=1.3)
+    assert settings.checked_exits is None and settings.patience == 1
 
 
 def test_a_lower_mean_squared_error_is_no_drop_and_a_higher_one_is():
@@ -404,27 +443,32 @@ def test_replaying_equals_simulating_each_setting(criterion, per_exit):
     records = population(300)
     replay = ExitReplay(records, DEEP)
     losses = replay.losses("max_disagreement") if per_exit else None
-    path = candidate_settings(records, SINGLE, criterion=criterion, temperatures=[0.5, 1.0, 2.0, 1.0], losses=losses)
+    path = candidate_settings(records, DEEP, criterion, temperatures=[0.5, 1.0, 2.0, 1.0], losses=losses)
     some = [*path[:: max(1, len(path) // 40)], path[-1], dataclasses.replace(path[-1], checked_exits=[2, 3])]
     for settings in some:
         expected = simulate_exits(records.logits, settings, DEEP.exit_layers, SINGLE)
-        assert torch.equal(replay.exits(settings), expected)
+        assert torch.equal(replay.at(settings).exit_index, expected)
 
 
+@pytest.mark.parametrize(
+    ("checked", "deepest", "first", "last"),
+    [(None, None, 0, 3), ([2, 3], None, 1, 3), ([1, 3], None, 0, 3), ([1, 2, 3], 3, 0, 2), ([2, 3], 3, 1, 2)],
+)
 @pytest.mark.parametrize("per_exit", [False, True])
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_a_path_leads_from_nobody_to_everybody_and_no_row_ever_leaves_later(criterion, per_exit):
+def test_a_path_leads_from_nobody_to_everybody_and_no_row_ever_leaves_later(
+    criterion, per_exit, checked, deepest, first, last
+):
     if per_exit and criterion == "patience":
         return
     records, unseen = population(300), population(200, seed=1)
     losses = ExitReplay(records, DEEP).losses("max_accuracy_drop") if per_exit else None
-    path = candidate_settings(records, SINGLE, criterion=criterion, losses=losses)
+    path = candidate_settings(records, DEEP, criterion, losses=losses, checked_exits=checked, deepest_exit=deepest)
     for rows in (records, unseen):
         exits = torch.stack([simulate_exits(rows.logits, settings, DEEP.exit_layers, SINGLE) for settings in path])
-        assert (exits[1:] <= exits[:-1]).all() and (exits[0] == 3).all()
+        assert (exits[1:] <= exits[:-1]).all() and (exits[0] == last).all()
     seen = simulate_exits(records.logits, path[-1], DEEP.exit_layers, SINGLE)
-    earliest = 1 if criterion == "patience" else 0
-    assert seen.min() == earliest and (criterion == "patience" or (seen == 0).all())
+    assert (seen == first).all()
 
 
 def plain_per_exit(records: ExitLogits, level: float) -> list[int]:
@@ -444,27 +488,52 @@ def plain_per_exit(records: ExitLogits, level: float) -> list[int]:
 def test_with_one_threshold_per_exit_the_share_of_losers_at_each_exit_keeps_to_the_level():
     records = population(200)
     losses = ExitReplay(records, DEEP).losses("max_disagreement")
-    path = candidate_settings(records, SINGLE, losses=losses)
+    path = candidate_settings(records, DEEP, "entropy", losses=losses)
     exits = simulate_exits(records.logits, path[1], DEEP.exit_layers, SINGLE)  # the first level is 0: no flip at all
     assert torch.bincount(exits, minlength=4).tolist()[:3] == plain_per_exit(records, 0.0)
     assert len({*path[60].threshold[:3]}) > 1 and len(path[60].threshold) == 4
 
 
-def test_thresholds_per_exit_save_more_than_one_for_all_where_exits_differ_in_what_their_sureness_is_worth():
-    """The first exit is always sure and wrong half the time; the second is always right and less sure."""
+THREE = tiny_config(num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2)
+
+
+def three_exits(sureness_of_the_first: list[float]) -> ExitLogits:
+    """The first exit is as sure as stated, wrong where that is negative; the second is always right and less sure."""
     labels = torch.arange(100) % 2
     sign = (2 * labels - 1).float()
-    first = 4 * sign * torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(25)
+    first = sign * torch.tensor(sureness_of_the_first).repeat(25)
     values = torch.stack([first, 1.0 * sign, 5 * sign], dim=1)
-    records = ExitLogits(torch.stack([-values, values], -1), torch.full((100,), LENGTH), labels)
-    config = tiny_config(num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2)
+    return ExitLogits(torch.stack([-values, values], -1), torch.full((100,), LENGTH), labels)
+
+
+@pytest.mark.parametrize("goal", [{"max_accuracy_drop": 0.0}, {"target_speedup": 1.3}])
+@pytest.mark.parametrize("criterion", ["entropy", "margin", "patience"])
+def test_an_exit_that_is_sure_and_wrong_is_not_checked(criterion, goal):
+    records = three_exits([4.0, 4.0, -4.0, -4.0])
+    settings = choose(records, THREE, "accuracy", search=ExitSearch(criterion, fit_temperatures=False), **goal)
+    assert settings.checked_exits == [2]
+    assert (settings.calibration["mean_exit_layer"], settings.calibration["early_exit"]) == (2.0, 1.0)
+
+
+def test_a_promise_may_leave_exits_unchecked_too():
+    small = three_exits([4.0, 4.0, -4.0, -4.0])
+    parts = (small.logits, small.seq_lengths, small.labels)
+    records = ExitLogits(*(torch.cat([part] * 9) for part in parts), range(900))
+    settings = choose_exit_config(records, THREE, "accuracy", max_disagreement=1.0, guarantee=True)
+    assert settings.checked_exits == [2] and settings.calibration["mean_exit_layer"] == 2.0
+    assert settings.calibration["promise"]["flips"] == 0
+
+
+def test_thresholds_per_exit_save_more_than_one_for_all_where_exits_differ_in_what_their_sureness_is_worth():
+    """Half the rows may leave at the first exit, at a limit that lets nobody leave at the second."""
+    records = three_exits([6.0, 6.0, -4.0, -4.0])
     layers = [
-        choose(
-            records, config, "accuracy", max_accuracy_drop=0.0, search=ExitSearch(None, per_exit, False)
-        ).calibration["mean_exit_layer"]
+        choose(records, THREE, "accuracy", max_accuracy_drop=0.0, search=ExitSearch(None, per_exit, False)).calibration[
+            "mean_exit_layer"
+        ]
         for per_exit in (False, True)
     ]
-    assert layers == [3.0, 2.0]
+    assert layers == [2.0, 1.5]
 
 
 # --- temperatures
@@ -546,6 +615,8 @@ SEARCHES = [
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_a_bolder_goal_never_saves_less(seed, goal, search, limits, guarantee):
     records = population(240, seed)
+    if guarantee:  # each goal chooses the exits to check for itself
+        search = dataclasses.replace(search, checked_exits=[1, 2, 3])
     careful, bold = (
         choose_exit_config(records, DEEP, "accuracy", **{goal: limit}, search=search, guarantee=guarantee).calibration
         for limit in sorted(limits)
@@ -643,7 +714,7 @@ def share_broken(guarantee: bool, epsilon: float, runs: int) -> tuple[float, flo
         sample = reordered(pool, rows)
         goal = {"max_disagreement": 100 * epsilon}
         settings = choose_exit_config(sample, DEEP, "accuracy", **goal, search=search, guarantee=guarantee)
-        broken += whole.lost(losses, settings) / 5_000 > epsilon
+        broken += whole.at(settings).lost(losses) / 5_000 > epsilon
         fell_back += "no_promise" in settings.calibration
     return broken / runs, fell_back / runs
 

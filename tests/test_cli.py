@@ -178,8 +178,8 @@ def test_calibrate_states_its_promise_and_for_which_weights(slim, files, capsys)
     settings = calibrated(slim)
     promise = settings.calibration["promise"]
     assert f"margin criterion with limit {settings.threshold:g}." in out
-    assert "Promised for new rows of the same kind, with probability 0.8: at most 60% of the rows answer other" in out
-    assert f"(tested on 14 of the rows, of which {promise['flips']} lost; bound" in out
+    assert "Promised for new rows of the same kind, with probability 0.8: for at most 60.00% of them the early" in out
+    assert f"tested on 14 rows, of which {promise['flips']} lost (upper bound {promise['upper_bound']:.2%})" in out
     model = AutoModelForSequenceClassification.from_pretrained(slim)
     assert promise["fingerprint"] == weights_fingerprint(model.costeff)
 
@@ -188,7 +188,7 @@ def test_calibrate_states_its_promise_and_for_which_weights(slim, files, capsys)
     ("flags", "words"),
     [
         (["--per_exit"], "(one per exit)"),
-        (["--criterion", "patience"], "patience criterion with 1 agreeing exit."),
+        (["--criterion", "patience"], "patience criterion with patience 0."),
     ],
 )
 def test_calibrate_names_the_limits_it_chose(flags, words, slim, files, capsys):

@@ -51,6 +51,7 @@ def few_steps(rows: int, num_attention_heads: int) -> Recipe:
         importance_rows=16,
         representation=Phase(1, 1e-3, max_steps=2),
         prediction=Phase(1, 1e-3, max_steps=4),
+        token_replacement_rate=0.2,
         exit_pooling="cls",
         batch_size=8,
     )
@@ -164,6 +165,7 @@ def test_settings_stages_and_the_exit_threshold_are_written_down(finished):
     report = json.loads((finished.model_path / "efficiency.json").read_text())
     assert list(report["stages"]) == STAGES
     assert [report["stages"][name]["steps"] for name in STAGES] == [2, 3, 2, 2, 2, 4]
+    assert report["stages"]["prediction"]["token_replacement_rate"] == few_steps(40, 1).token_replacement_rate
     widths = report["plan"]["widths"]
     last = report["stages"]["slenderize-02"]
     assert {name: last[name] for name in widths} == widths and last["parameters"] == finished.plan.parameters
@@ -174,6 +176,10 @@ def test_settings_stages_and_the_exit_threshold_are_written_down(finished):
     assert report["exit_config"]["calibration"]["goal"] == {"max_metric_drop": 0.5}
     config = json.loads((finished.model_path / "config.json").read_text())
     assert config["exit_config"] == report["exit_config"]
+    early = next(row for row in report["rows"] if row["name"] == "slim, early exit")
+    assert sum(found["rows"] for found in report["classes"]) == 16
+    right = sum(found["rows"] * found["early_exit"] for found in report["classes"])
+    assert right == pytest.approx(16 * early["metrics"]["accuracy"])
     for name in ("assistant", "prediction"):
         assert "eval_mean_exit_accuracy" in report["stages"][name]["calibration_metrics"]
     assert report["settings"]["compression"] == 2 and report["settings"]["seed"] == 42
@@ -588,6 +594,7 @@ def test_without_a_target_an_eighth_is_the_target_and_widths_alone_are_a_target(
         ({"target_speedup": 0.0}, "`target_speedup` is 0"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"seed": -1}, "`seed` is -1"),
+        ({"token_replacement_rate": 1.5}, r"`token_replacement_rate` is 1\.5\. It must lie in 0\.\.1"),
     ],
 )
 def test_arguments_out_of_range_are_refused_with_value_and_choices(options, message):

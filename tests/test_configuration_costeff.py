@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -127,6 +128,19 @@ HOSTILE = [
     ("gradient_equilibrium", "yes"),
     ("problem_type", "multiple_choice"),
     ("num_labels", 0),
+    ("num_labels", -3),
+    ("num_labels", 10**9),
+    ("num_labels", "3"),
+    ("id2label", ["no", "yes"]),
+    ("id2label", {"a": "no"}),
+    ("id2label", {"5": "no"}),
+    ("id2label", {"0": ["no"]}),
+    ("id2label", 7),
+    ("exit_config", {"criterion": "entropy", "threshold": -1}),
+    ("exit_config", {"criterion": ["entropy"]}),
+    ("exit_config", {"unheard": 1}),
+    ("exit_config", {"threshold": 0.5, "calibration": "much"}),
+    ("exit_config", {"threshold": [[0.5], 0.5]}),
 ]
 
 
@@ -139,13 +153,48 @@ def test_a_hostile_value_is_refused_by_name_and_value(name, value):
     assert str(value) in str(refusal.value) or str(offender[0]) in str(refusal.value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", 10**9), ("intermediate_size", [-1] * 4)])
-def test_a_hostile_config_file_is_refused_before_a_model_is_built(tmp_path, name, value):
+HUGE = [
+    {"num_hidden_layers": 10**9},
+    {"num_labels": 10**9, "id2label": None, "label2id": None},
+    {"hidden_size": 10**6, "vocab_size": 10**5},
+    {"vocab_size": 10**8, "hidden_size": 10**4},
+    {"num_hidden_layers": 1000, "intermediate_size": 10**6, "num_attention_heads": 1, "exit_layers": None},
+    {"num_attention_heads": [10**6] * 4, "attention_head_size": 10**6},
+]
+
+
+@pytest.mark.parametrize("changes", [*HUGE, {"intermediate_size": [-1] * 4}], ids=lambda changes: " ".join(changes))
+def test_a_hostile_config_file_is_refused_by_name_before_any_memory_is_taken(tmp_path, changes):
     tiny_config().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
-    with pytest.raises(REFUSED, match=name):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(REFUSED, match=next(iter(changes))):
+            CostEffModel.from_pretrained(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 20e6  # bytes at most
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_config_file_that_is_nested_without_end_is_refused_by_its_reader(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    depth = 100_000
+    (tmp_path / "config.json").write_text('{"model_type": "costeff", "a": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(RecursionError, match="JSON"):
         CostEffModel.from_pretrained(tmp_path)
+
+
+def test_what_a_message_quotes_is_cut_short():
+    with pytest.raises(REFUSED) as refusal:
+        tiny_config(id2label=dict.fromkeys(range(7, 5000), "name"))
+    assert len(str(refusal.value)) < 500
+
+
+def test_labels_of_any_usual_kind_are_taken():
+    assert tiny_config(id2label={"0": "no", "1": "yes", "2": "so"}).id2label[2] == "so"
+    assert tiny_config(id2label={1: "yes", 0: "no"}, num_labels=2).id2label == {0: "no", 1: "yes"}
+    assert tiny_config(num_labels=5000).num_labels == 5000
 
 
 def test_positions_that_count_real_tokens_need_a_padding_token():

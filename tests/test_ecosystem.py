@@ -1,12 +1,14 @@
-"""What people put around a Transformers model works around ours: pipeline, evaluator, PEFT, Trainer."""
+"""What people put around a Transformers model works around ours: pipeline, evaluator, PEFT, Trainer, accelerate."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
-from datasets import Dataset, Features, Value
+from accelerate import infer_auto_device_map, init_empty_weights, load_checkpoint_and_dispatch
+from datasets import Features, IterableDataset, Value
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from helpers import random_batch, sentence_rows, tiny_model, token_rows, word_tokenizer
+from hf_costeff import CostEffTrainer, CostEffTrainingArguments
 
 TEXTS = ["a good film", "the plot was not very bright", "dull"]
 INPUTS = random_batch([7, 3, 11, 2])
@@ -112,8 +115,105 @@ def test_upstreams_own_trainer_trains_and_evaluates_the_model(folder, tmp_path):
     assert prediction.predictions.shape == (8, 2) and prediction.metrics["test_loss"] > 0
 
 
-def test_streamed_rows_go_in(folder):
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
-    encoded = tokenizer([row["text"] for row in stream], return_tensors="pt", padding=True)
-    assert model.predict(**encoded, early_exit=0.5).logits.shape == (3, 2)
+def test_streamed_rows_train_the_model_in_upstreams_trainer_and_in_ours(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = sentence_rows(64).to_iterable_dataset(num_shards=2).shuffle(seed=0, buffer_size=16)
+    stream = rows.map(lambda row: {**tokenizer(row["text"]), "labels": row["label"]}, remove_columns=["text", "label"])
+    assert isinstance(stream, IterableDataset)
+    settings = {"max_steps": 12, "use_cpu": True, "report_to": "none", "learning_rate": 0.01, "logging_steps": 1}
+    for trainer_class, arguments_class in ((Trainer, TrainingArguments), (CostEffTrainer, CostEffTrainingArguments)):
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        before = [head.classifier.weight.clone() for head in model.costeff.exits.values()]
+        arguments = arguments_class(tmp_path / trainer_class.__name__, save_strategy="no", **settings)
+        trainer = trainer_class(
+            model, arguments, train_dataset=stream, eval_dataset=stream.take(16), processing_class=tokenizer
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3])
+        after = [head.classifier.weight for head in model.costeff.exits.values()]
+        assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels"),
+    [("regression", 1), ("single_label_classification", 3), ("multi_label_classification", 3)],
+)
+def test_upstreams_trainer_trains_every_problem_type(problem_type, num_labels, tmp_path):
+    model = tiny_model(num_labels=num_labels, problem_type=problem_type)
+    rows = token_rows(16)
+    if problem_type != "single_label_classification":
+        values = [[float(label == 0), float(label == 1), 1.0][:num_labels] for label in rows["labels"]]
+        rows = rows.remove_columns("labels").add_column(
+            "labels", [value if num_labels > 1 else value[0] for value in values]
+        )
+    arguments = TrainingArguments(
+        tmp_path, max_steps=30, use_cpu=True, report_to="none", learning_rate=0.01, logging_steps=1, save_strategy="no"
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, processing_class=word_tokenizer())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+# --- placing weights
+
+
+def test_accelerate_fills_an_empty_model_and_keeps_some_layers_on_disk(folder, tmp_path):
+    expected = AutoModelForSequenceClassification.from_pretrained(folder)
+    with init_empty_weights():
+        model = AutoModelForSequenceClassification.from_config(expected.config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    places = {"costeff.embeddings": "cpu", "costeff.exits": "cpu"}
+    places |= {f"costeff.layers.{layer}": "disk" if layer in (0, 3) else "cpu" for layer in range(4)}
+    model = load_checkpoint_and_dispatch(
+        model, str(folder / "model.safetensors"), device_map=places, offload_folder=tmp_path / "offload"
+    ).eval()
+    assert model.costeff.layers[3].attention.output.weight.is_meta
+    assert not model.costeff.layers[1].feed_forward.output.weight.is_meta
+    with torch.no_grad():
+        torch.testing.assert_close(model(**INPUTS).logits, expected(**INPUTS).logits, rtol=1e-5, atol=1e-5)
+    found, wanted = (one.predict(**INPUTS, early_exit=0.1) for one in (model, expected))
+    assert torch.equal(found.exit_layer, wanted.exit_layer) and len(set(found.exit_layer.tolist())) > 1
+
+
+def test_accelerate_plans_devices_without_splitting_a_layer(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    one_layer = max(sum(p.numel() * 4 for p in layer.parameters()) for layer in model.costeff.layers)
+    places = infer_auto_device_map(
+        model, max_memory={"cpu": 2 * one_layer, "disk": 10**9}, no_split_module_classes=model._no_split_modules
+    )
+    assert set(places.values()) == {"cpu", "disk"}
+    inside = [name for name in places if name.startswith("costeff.layers.") and name.count(".") > 2]
+    assert inside == []
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_a_device_map_loads_the_model_where_it_says(folder, device_map):
+    model = AutoModelForSequenceClassification.from_pretrained(folder, device_map=device_map)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    inputs = {name: tensor.to(model.device) for name, tensor in INPUTS.items()}
+    torch.testing.assert_close(model(**inputs).logits.cpu(), plain(**INPUTS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16])
+def test_a_dtype_is_kept_when_it_is_asked_for_and_when_it_is_saved(folder, dtype, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert {parameter.dtype for parameter in model.parameters()} == {wanted}
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert again.dtype == wanted and torch.equal(again(**INPUTS).logits, model(**INPUTS).logits)
+
+
+def test_model_and_tokenizer_load_from_a_subfolder(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "models" / "small")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "models", subfolder="small")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "models", subfolder="small")
+    plain = AutoModelForSequenceClassification.from_pretrained(folder)
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    with pytest.raises((OSError, ValueError), match=str(tmp_path / "models")):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "models", subfolder="large")

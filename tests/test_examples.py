@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import sys
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+import batch_prediction
+import calibrate_model
 import compress_checkpoint
+import export_onnx
+import lora
+import push
 import train_with_trainer
 from demo_corpus import LABEL_NAMES, make_corpus, train_tokenizer
-from hf_costeff import ExitConfig
+from hf_costeff import ExitConfig, convert_from_stock
 from hf_costeff.recipes import RECIPES, Phase, Recipe, fast_recipe
+from loopback_hub import LoopbackHub, run_python
 
 TEXTS = ("a gripping film.", "the soup was not fresh.")
 
@@ -103,3 +110,63 @@ def test_exits_are_trained_on_the_generated_corpus_without_any_argument_but_size
     run(monkeypatch, train_with_trainer, rows=[64], max_steps=[2], output_dir=[tmp_path])
     assert "eval_mean_exit_accuracy" in capsys.readouterr().out
     assert loads_and_leaves_early(tmp_path / "model")
+
+
+def test_a_file_is_predicted_at_full_depth_and_with_early_exit(teacher, monkeypatch, capsys):
+    stock = AutoModelForSequenceClassification.from_pretrained(teacher / "teacher")
+    convert_from_stock(stock).save_pretrained(teacher / "slim")
+    AutoTokenizer.from_pretrained(teacher / "teacher").save_pretrained(teacher / "slim")
+    flags = {"model": [teacher / "slim"], "file": [teacher / "rows.csv"], "text_columns": ["opinion"]}
+    run(monkeypatch, batch_prediction, **flags, threshold=[0.999], show=[3])
+    printed = capsys.readouterr().out
+    assert "full depth: " in printed and "answers as at full depth: " in printed
+    assert printed.count(" after layer ") == 3
+    assert sum(int(line.split()[3]) for line in printed.splitlines() if line.startswith("after layer")) == 160
+
+
+@pytest.fixture
+def slim(teacher):
+    """A folder with a slim model for the rows in `named.csv` beside it."""
+    stock = AutoModelForSequenceClassification.from_pretrained(teacher / "teacher")
+    convert_from_stock(stock).save_pretrained(teacher / "slim")
+    AutoTokenizer.from_pretrained(teacher / "teacher").save_pretrained(teacher / "slim")
+    (teacher / "named.csv").write_text((teacher / "rows.csv").read_text().replace("opinion,verdict", "text,label", 1))
+    return teacher / "slim"
+
+
+def test_a_model_is_exported_and_answers_from_its_folder(slim, monkeypatch, capsys):
+    run(monkeypatch, export_onnx, model=[slim], output_dir=[slim / "onnx"], texts=TEXTS)
+    first, *answers = capsys.readouterr().out.splitlines()
+    assert first.startswith("graphs end after layers [1, 2]")
+    assert [json.loads(answer)["exit_layer"] for answer in answers] == [2, 2]
+
+
+def test_budgets_are_compared_and_one_is_saved(slim, monkeypatch, capsys):
+    run(monkeypatch, calibrate_model, model=[slim], rows=[slim.parent / "named.csv"], budgets=[0, 50], save=[50])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["budget", "0", "50", "saved"]
+    assert loads_and_leaves_early(slim)
+    saved = AutoModelForSequenceClassification.from_pretrained(slim).config.exit_config
+    assert saved["calibration"]["goal"] == {"max_accuracy_drop": 50}
+
+
+def test_an_adapter_is_trained_and_merged(slim, monkeypatch, capsys):
+    folders = {"output_dir": [slim.parent / "adapter"], "merge_into": [slim.parent / "merged"]}
+    run(monkeypatch, lora, model=[slim], rows=[slim.parent / "named.csv"], max_steps=[2], rank=[2], **folders)
+    assert (slim.parent / "adapter" / "adapter_model.safetensors").exists() and "trainable" in capsys.readouterr().out
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(path) for path in (slim, slim.parent / "merged")
+    )
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert any("query_key_value" in name for name in changed) and any("exits.1" in name for name in changed)
+    assert not any("feed_forward" in name or "embeddings" in name for name in changed)
+
+
+def test_a_model_is_pushed_and_asked_where_it_now_is(slim):
+    words = ["--model", slim, "--repo_id", "org/pushed", "--license", "mit", "--private", "--text", TEXTS[0]]
+    start = "import runpy, sys\nrunpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    with LoopbackHub() as hub:
+        done = run_python(start, hub.environment(slim.parent), slim.parent, push.__file__, *words)
+        assert done.returncode == 0, done.stderr
+        assert f"Pushed to {hub.endpoint}/org/pushed/commit/" in done.stdout and "after layer 2 of 2" in done.stdout
+        assert b"license: mit" in hub.files("org/pushed")["README.md"] and hub.repos["org/pushed"]["private"]

@@ -231,6 +231,20 @@ def test_patience_counts_like_pabee(patience, problem_type):
     assert min(found) == min(patience, 5)
 
 
+def test_patience_may_differ_from_exit_to_exit_and_where_it_is_0_everybody_leaves():
+    answers = [[0, 0, 1, 1, 1], [0, 1, 0, 1, 0], [1, 1, 1, 0, 0]]
+    logits = torch.eye(2)[torch.tensor(answers)]
+
+    def exits(patience: int | list[int], problem_type: str = SINGLE_LABEL, **settings: object) -> list[int]:
+        config = ExitConfig(criterion="patience", patience=patience, **settings)
+        return simulate_exits(logits, config, [1, 2, 3, 4, 5], problem_type).tolist()
+
+    assert exits([1, 2, 2, 0, 0]) == [3, 3, 2]
+    assert exits([2, 1, 1, 1, 1]) == exits(1)  # one exit has nothing to agree with
+    assert exits(0) == exits(0, MULTI_LABEL) == exits(0, REGRESSION) == [0, 0, 0]
+    assert exits(0, checked_exits=[3]) == [2, 2, 2]
+
+
 def test_a_longer_patience_and_a_smaller_tolerance_let_no_row_leave_earlier():
     torch.manual_seed(0)
     values = torch.randn(100, 6, 1)
@@ -278,7 +292,9 @@ def test_checked_exits_are_layers_and_not_positions():
         ({"temperatures": [1.0, -1.0]}, "temperatures"),
         ({"temperatures": float("inf")}, "temperatures"),
         ({"temperatures": "1"}, "temperatures"),
-        ({"patience": 0}, "patience"),
+        ({"patience": -1}, "patience"),
+        ({"patience": [1, -1]}, "patience"),
+        ({"patience": [1, True]}, "patience"),
         ({"patience": 1.5}, "patience"),
         ({"patience": 2.0}, "patience"),
         ({"patience": float("inf")}, "patience"),
@@ -312,6 +328,7 @@ def test_a_threshold_in_nats_has_no_upper_limit():
         (ExitConfig(), SINGLE_LABEL, "needs a `threshold`"),
         (ExitConfig(criterion="patience"), SINGLE_LABEL, "needs `patience`"),
         (ExitConfig(criterion="patience", patience=1), REGRESSION, "needs `tolerance`"),
+        (ExitConfig(criterion="patience", patience=[1, 0]), SINGLE_LABEL, "`patience` has 2 entries"),
         (ExitConfig(threshold=0.5), REGRESSION, 'criterion="patience"'),
         (ExitConfig(criterion="margin", threshold=0.5), REGRESSION, 'criterion="patience"'),
         (ExitConfig(threshold=[0.5, 0.5]), SINGLE_LABEL, "2 entries and the model has 3 exits"),

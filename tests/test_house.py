@@ -22,11 +22,12 @@ SOURCE = Path(hf_costeff.__file__).parent
 
 # Imports point down only: a file may import files of its own tier or a lower one.
 TIERS = {
-    0: "configuration_costeff exit_criteria exit_heads exiting_rows hub promises modeling_costeff skip_gates "
-    "packed_linear modeling_cascade",
-    1: "conversion importance slenderization losses block_pruning efficiency calibration guarantees metrics",
+    0: "configuration_costeff exit_criteria exit_heads encoder_layers exiting_rows hub promises modeling_costeff "
+    "pipeline_costeff skip_gates packed_linear modeling_cascade",
+    1: "augmentation conversion importance slenderization losses block_pruning efficiency calibration exit_replay "
+    "guarantees metrics class_outcomes exit_quality monitoring",
     2: "training_args trainer checksums data columns evaluation recipes distillation compression_args stages "
-    "compression report charts prediction difficulty model_card export",
+    "compression report exit_report charts prediction difficulty model_card onnx_runner export benchmarking",
     3: "commands cli",
 }
 TIER = {name: tier for tier, names in TIERS.items() for name in names.split()}

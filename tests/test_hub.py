@@ -10,15 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification
 
 from helpers import random_batch, tiny_model, word_tokenizer
 from hf_costeff import CostEffConfig, CostEffForSequenceClassification, CostEffModel, ExitConfig
-from hf_costeff.hub import copy_report, push_folder
+from hf_costeff.hub import MARKER, copy_report, push_folder, write_card
 from loopback_hub import READER, TOKEN, LoopbackHub, run_python
-from test_house import TIER_0
+from test_house import SOURCE, siblings
 
-CODE = {file.name for file in TIER_0}
+
+def travelling(name: str) -> set[str]:
+    """A file and all that it imports, which is what upstream saves beside a model."""
+    return {f"{name}.py"}.union(*(travelling(other) for other in siblings(SOURCE / f"{name}.py")))
+
+
+CODE = travelling("modeling_costeff")
 AUTO_MAP = {
     "AutoConfig": "configuration_costeff.CostEffConfig",
     "AutoModel": "modeling_costeff.CostEffModel",
@@ -171,7 +178,8 @@ sys.exit(main(["push", *sys.argv[1:]]))
 """
 
 TRAINER_PUSH = """
-import sys
+import json, sys
+from concurrent.futures import Future
 from datasets import Dataset
 from hf_costeff import CostEffTrainer, CostEffTrainingArguments
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -180,9 +188,15 @@ rows = Dataset.from_list([{"input_ids": [2, 5, 3], "attention_mask": [1, 1, 1], 
 arguments = CostEffTrainingArguments(
     "out", max_steps=2, save_steps=1, use_cpu=True, report_to="none", push_to_hub=True, hub_model_id="org/trained"
 )
-trainer = CostEffTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+trainer = CostEffTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
 trainer.train()
-trainer.push_to_hub()
+trainer.evaluate()
+for options in json.loads(sys.argv[2]):
+    commit = trainer.push_to_hub(**options)
+    if options.get("blocking") is False:
+        assert isinstance(commit, Future)
+        commit = commit.result()
+    print(commit.commit_url)
 """
 
 
@@ -255,13 +269,63 @@ def test_the_command_pushes_a_folder_and_prints_where(saved, hub, tmp_path):
 
 
 def test_a_trainer_pushes_model_tokenizer_and_card_and_no_pickle_at_any_time(saved, hub, tmp_path):
-    check(run_python(TRAINER_PUSH, hub.environment(tmp_path), tmp_path, saved / "slim"))
+    pushes = json.dumps([{"license": "mit", "tags": "film"}])
+    run = run_python(TRAINER_PUSH, hub.environment(tmp_path), tmp_path, saved / "slim", pushes)
+    check(run)
+    assert "`hub_strategy` is set to 'end'" in run.stderr
     assert (tmp_path / "out" / "training_args.bin").exists()
     files = hub.files("org/trained")
     assert set(files) == {*FILES, "tokenizer.json", "tokenizer_config.json"} - {"efficiency.json"}
-    assert "No measurements were" in files["README.md"].decode()
+    card = files["README.md"].decode()
+    assert "# org/trained" in card and "license: mit" in card and "- film" in card
+    assert "| 1 | 0.7M | " in card and "after 2 training steps" in card and "2 steps in batches of 8" in card
+    assert "None" not in card and str(tmp_path) not in card and TOKEN not in card
     pushed = {name for commit in hub.commits.values() for name in commit}
     assert not [name for name in pushed if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert sum("/commit/" in request for request in hub.requests) == 1  # none while training
+
+
+def test_a_trainer_pushes_in_the_background_and_to_a_branch_whose_card_it_leaves(saved, hub, tmp_path):
+    hub.repos["org/trained"] = {"private": False, "branches": {}}
+    theirs = {name: f"---\ntags: []\n---\nTheirs on {name}.\n".encode() for name in ("main", "draft")}
+    for branch, card in theirs.items():
+        hub.add_commit("org/trained", branch, {"README.md": card})
+    pushes = json.dumps([{"blocking": False, "revision": "draft"}])
+    out = check(run_python(TRAINER_PUSH, hub.environment(tmp_path), tmp_path, saved / "slim", pushes))
+    assert out.strip().endswith(hub.find("org/trained", "draft"))
+    files = hub.files("org/trained", "draft")
+    assert "model.safetensors" in files and b"Theirs on draft." in files["README.md"]
+    assert hub.files("org/trained", "main") == {"README.md": theirs["main"]}
+
+
+def test_a_new_branch_begins_with_the_card_of_main(saved, hub, tmp_path):
+    hub.repos["org/slim"] = {"private": False, "branches": {}}
+    hub.add_commit("org/slim", "main", {"README.md": b"---\ntags: []\n---\nTheirs.\n"})
+    changed = (saved / "slim", "org/slim", json.dumps({"change": True, "revision": "v2"}))
+    check(run_python(MODEL_PUSH, hub.environment(tmp_path), tmp_path, *changed))
+    assert b"Theirs." in hub.files("org/slim", "v2")["README.md"]
+
+
+def test_figures_of_other_weights_do_not_stay_on_the_hub(saved, hub, tmp_path):
+    """A card of ours and what belongs to it go with the weights they speak of; what else is there stays."""
+    environment = hub.environment(tmp_path)
+    check(run_python(PUSH, environment, tmp_path, saved / "slim", "org/slim"))
+    files = hub.files("org/slim")
+    ours = files["README.md"] + MARKER.encode()
+    hub.add_commit("org/slim", "main", {**files, "README.md": ours, "own.txt": b"", "sub/efficiency.json": b""})
+    changed = (saved / "slim", "org/slim", json.dumps({"change": True}))
+    check(run_python(MODEL_PUSH, environment, tmp_path, *changed))
+    files = hub.files("org/slim")
+    assert "efficiency.json" not in files and {"own.txt", "sub/efficiency.json"} <= set(files)
+    assert b"No measurements were" in files["README.md"] and b"Our card" not in files["README.md"]
+
+
+def test_a_card_that_somebody_wrote_into_the_folder_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_costeff.hub.card_on_the_hub", lambda *_: ModelCard("---\ntags: []\n---\nOn the Hub.\n"))
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\ntags:\n- mine\n---\nBy hand.\n")
+    write_card(tmp_path, "org/slim", origin="", tags=["film"])
+    assert (tmp_path / "README.md").read_text() == "---\ntags:\n- mine\n- film\n---\nBy hand.\n"
 
 
 def test_a_branch_is_made_and_loads_by_its_name(saved, hub, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from helpers import tiny_config, tiny_model
-from hf_costeff.model_card import CompressionCard, write_model_card
+from hf_costeff.guarantees import describe_promise
+from hf_costeff.model_card import CompressionCard, TrainingCard, write_model_card
 
 GOLDEN = Path(__file__).parent / "golden_model_card.md"
 CALIBRATION = {
@@ -51,6 +52,10 @@ def make_report(**settings) -> dict:
             },
             "prediction": {"steps": 900, "seconds": 120.0, "calibration_metrics": scores},
         },
+        "classes": [
+            {"name": "bright", "rows": 345, "full_depth": 0.8, "early_exit": 0.75, "mean_exit_layer": 2.5},
+            {"name": "dull", "rows": 2000, "full_depth": 0.9, "early_exit": 0.9, "mean_exit_layer": 1.25},
+        ],
         "hardware": {"cpu": "a processor", "threads": 2, "accelerator": None, "torch": "2"},
     }
 
@@ -104,8 +109,81 @@ def test_a_promise_is_told_with_its_odds_and_its_test():
         "upper_bound": 0.008,
     }
     card = card_of(make_report(), {**SETTINGS, "calibration": {**CALIBRATION, "promise": promise}})
-    assert "with probability 0.95: for at most 1.00% of them the early answer differs from that of full depth" in card
-    assert "tested on 800 rows, of which 2 lost" in card and "nothing is promised" not in card
+    assert describe_promise(promise) in card and "nothing is promised" not in card
+
+
+def test_who_pays_for_early_exit_is_told_by_class_or_not_claimed():
+    report = make_report()
+    assert "of bright, 80.0% are answered right by all layers and 75.0% with early exit" in card_of(report)
+    assert "| dull | 2,000 | 90.0% | 90.0% | 1.25 |" in card_of(report)
+    for card in (card_of({**report, "classes": []}), card_of(report, {**SETTINGS, "threshold": 0.4})):
+        assert "Who pays" not in card and "Measured here is the mean alone" in card
+    even = [{**outcome, "early_exit": outcome["full_depth"]} for outcome in report["classes"]]
+    assert "On these rows none lost right answers to it" in card_of({**report, "classes": even})
+    many = [{**report["classes"][0], "name": f"class {number}"} for number in range(150)]
+    card = card_of({**report, "classes": many})
+    assert "| class 9 |" in card and "| class 10 |" not in card and "140 classes more are in `efficiency.json`" in card
+
+
+def test_a_class_may_have_any_name():
+    outcome = {"rows": 5, "full_depth": 1.0, "early_exit": 0.5, "mean_exit_layer": 1.0}
+    card = card_of({**make_report(), "classes": [{"name": "<script>\n| a |</script>", **outcome}]})
+    assert "<script" not in card and "| &lt;script&gt; \\| a \\|&lt;/script&gt; | 5 |" in card
+
+
+def test_a_licence_is_stated_once_and_kept(tmp_path):
+    tiny_model(exit_config=SETTINGS).save_pretrained(tmp_path)
+    (tmp_path / "efficiency.json").write_text(json.dumps(make_report()))
+    write_model_card(tmp_path, "slim")
+    assert "license" not in front_matter(tmp_path)
+    write_model_card(tmp_path, "slim", license="apache-2.0")
+    write_model_card(tmp_path, "org/slim")
+    assert front_matter(tmp_path)["license"] == "apache-2.0" and front_matter(tmp_path)["base_model"] == "org/bert"
+    (tmp_path / "README.md").write_text("Mine.")
+    with pytest.raises(ValueError, match="Write `license: mit` into its first lines"):
+        write_model_card(tmp_path, "org/slim", license="mit")
+
+
+def front_matter(folder: Path) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def training_card(**changes) -> str:
+    scores = {f"eval_exit_{layer}_{metric}": layer / 10 for layer in (1, 2, 3, 4) for metric in ("accuracy", "f1")}
+    facts = {
+        "name": "org/trained",
+        "config": tiny_config(),
+        "parameters": 12345,
+        "evaluation": {**scores, "eval_accuracy": 0.4, "eval_mean_exit_f1": 0.25, "eval_loss": 1.0, "step": 1500},
+        "training": "1,500 steps in batches of 8.",
+        "teacher": "org/bert",
+        "metadata": {"license": "mit", "language": None, "base_model": None, "datasets": ["org/films"]},
+    }
+    return str(TrainingCard(**{**facts, **changes}).render())
+
+
+def test_a_trainers_card_tells_every_metric_of_every_exit_and_when():
+    card = training_card()
+    lines = [line for line in card.splitlines() if line.startswith("| ")]
+    assert lines[0] == "| exit after layer | FLOPs, 128 tokens | accuracy | f1 |" and len(lines) == 6
+    assert lines[3].startswith("| 2 |") and lines[3].endswith("| 0.2000 | 0.2000 |")
+    assert "after 1,500 training steps" in card and "12,345 parameters" in card
+    assert (
+        "with [org/bert](https://huggingface.co/org/bert) as its teacher" in card
+        and "1,500 steps in batches of 8." in card
+    )
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert data["license"] == "mit" and data["datasets"] == ["org/films"] and data["metrics"] == ["accuracy", "f1"]
+    assert not {"language", "base_model"} & set(data)
+
+
+@pytest.mark.parametrize("changes", [{}, {"evaluation": {}}, {"teacher": None}, {"teacher": "/home/me/bert"}])
+def test_a_trainers_card_leaves_nothing_blank_or_guessed(changes):
+    card = training_card(**changes)
+    for word in ("None", "Unknown", "nan", "{{", "{%", "{name}", "/home/me"):
+        assert word not in card
+    assert ("## Results" in card) == (changes.get("evaluation") != {})
+    assert ("as its teacher" in card) == (changes.get("teacher", "") is not None)
 
 
 def test_a_card_of_ours_is_brought_up_to_date_and_one_of_yours_is_not_touched(tmp_path):

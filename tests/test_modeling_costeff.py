@@ -15,6 +15,7 @@ from helpers import TINY, random_batch, select_rows, tiny_config, tiny_model
 from hf_costeff import CostEffForSequenceClassification, CostEffModel, ExitConfig
 from hf_costeff.exit_criteria import CRITERIA, probabilities, simulate_exits
 from hf_costeff.exit_heads import LinearExitHead
+from hf_costeff.modeling_costeff import inference
 
 LENGTHS = [7, 3, 11, 2, 9, 5, 11, 4, 6, 2, 8, 10]
 ATTENTION = ["eager", "sdpa"]
@@ -710,6 +711,84 @@ def test_predict_leaves_the_callers_tensors_alone():
     before = {name: tensor.clone() for name, tensor in batch.items()}
     model.predict(**batch, early_exit=0.8)
     assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+def test_an_exit_that_is_not_checked_costs_nothing():
+    """Neither its head nor a decision; the layers up to the next stop run in one go."""
+    model = tiny_model(model_class=CostEffModel)
+    decided = []
+    plan = model.exit_plan(ExitConfig(threshold=0.5, checked_exits=[3]))
+    plan.criterion.leaves = lambda history, exit_index: decided.append(exit_index) or history[:, 0, 0] > 1e9
+    batch = random_batch(LENGTHS)
+    with inference(model):
+        left, rows = model.advance(model.enter(**batch), plan)
+        assert (left, rows.depth, len(rows), rows.seen.shape[1]) == (None, 3, len(LENGTHS), 1)
+        left, rows = model.advance(rows, plan)
+    assert rows is None and left.exit_layer == 4 and decided == [2]
+
+
+WAITING = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "unique")
+
+
+@pytest.mark.parametrize("lengths", [[6], LENGTHS])
+def test_the_host_waits_once_at_the_start_and_once_per_checked_exit(lengths):
+    """On a GPU every one of these calls would wait for the device."""
+    model, batch = tiny_model(seed=3), random_batch(lengths)
+    waits = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            name = getattr(function, "__name__", "")
+            indexed_by_mask = name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool
+            if indexed_by_mask or name in WAITING:
+                waits.append(name)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        prediction = model.predict(**batch, early_exit=0.3)
+    assert len(waits) == 1 + int(prediction.exit_layer.max())
+    waits.clear()
+    with Watch():
+        model.predict(**batch, early_exit=ExitConfig(threshold=0.0, checked_exits=[2]))
+    assert len(waits) == 1 + 2
+
+
+@pytest.mark.parametrize("early_exit", [False, 0.0, 0.3])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("layers.1.attention_norm.weight", 2), ("exits.2.classifier.bias", 2), ("embeddings.norm.bias", 1)],
+)
+def test_a_broken_checkpoint_is_an_error_at_the_first_exit_that_shows_it(name, layer, early_exit):
+    model = tiny_model(model_class=CostEffModel, seed=3)
+    with torch.no_grad():
+        model.get_parameter(name).fill_(float("nan"))
+    if early_exit is False:
+        layer = 4
+        if name.startswith("exits"):  # not asked
+            assert model.predict(**random_batch(LENGTHS), early_exit=False).logits.isfinite().all()
+            return
+    with pytest.raises(ValueError, match=rf"after layer {layer} are \[nan, nan, nan\]. They must be finite"):
+        model.predict(**random_batch(LENGTHS), early_exit=early_exit)
+
+
+@pytest.mark.parametrize("lengths", [[5], LENGTHS])
+def test_what_predict_returns_may_be_used_in_training(lengths):
+    model, weight = tiny_model(seed=3), torch.ones((), requires_grad=True)
+    prediction = model.predict(**random_batch(lengths), early_exit=0.3)
+    for values in (prediction.logits, prediction.probabilities, prediction.confidence):
+        (values * weight).sum().backward()
+        values += 1
+    assert weight.grad is not None
+
+
+def test_one_row_that_goes_on_is_never_moved():
+    model = tiny_model(model_class=CostEffModel, seed=3)
+    plan = model.exit_plan(0.0)
+    with inference(model):
+        rows = first = model.enter(**random_batch([5]))
+        for _ in range(3):
+            left, rows = model.advance(rows, plan)
+            assert left is None and rows is first and rows.attention_mask is None
 
 
 # Loading and saving

@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 
-from hf_costeff.calibration import ExitOutcome
 from hf_costeff.charts import draw_pareto_chart
 from hf_costeff.compression_args import CompressionPlan
 from hf_costeff.evaluation import ReportRow
+from hf_costeff.exit_replay import ExitOutcome
 from hf_costeff.report import CompressionResult, describe_hardware, summarize, write_report
 from hf_costeff.slenderization import Widths, describe_widths
 

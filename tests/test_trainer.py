@@ -571,6 +571,7 @@ def test_bf16_training_stays_close_to_single_precision(tmp_path):
         ({"soft_label_weight": math.nan}, "`soft_label_weight` is nan"),
         ({"representation_weight": -0.1}, "`representation_weight` is -0.1"),
         ({"representation_only_ratio": 1.5}, r"`representation_only_ratio` is 1.5. It must lie in 0\.\.1"),
+        ({"token_replacement_rate": -0.1}, r"`token_replacement_rate` is -0.1. It must lie in 0\.\.1"),
         ({"temperature": 0.0}, "`temperature` is 0.0. It must be above 0"),
     ],
 )
@@ -588,3 +589,54 @@ def test_the_arguments_are_command_line_flags(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--task_weight", "0.5", "--class_weights", "1", "2", "--temperature", "2"]
     (arguments,) = HfArgumentParser(CostEffTrainingArguments).parse_args_into_dataclasses(flags)
     assert (arguments.task_weight, arguments.class_weights, arguments.temperature) == (0.5, [1.0, 2.0], 2.0)
+
+
+def test_with_replaced_tokens_student_and_teacher_see_the_same_new_text_in_training_and_the_old_one_in_evaluation(
+    tmp_path,
+):
+    teacher, tokenizer = tiny_bert(), word_tokenizer()
+    trainer = make_trainer(
+        tmp_path,
+        tiny_model(**NO_DROPOUT),
+        teacher,
+        trainer_options={"processing_class": tokenizer},
+        token_replacement_rate=0.5,
+    )
+    seen = {"teacher": [], "student": []}
+    for name, model in (("teacher", teacher), ("student", trainer.model)):
+        model.register_forward_pre_hook(
+            lambda _module, _args, kwargs, name=name: seen[name].append(kwargs["input_ids"].clone()), with_kwargs=True
+        )
+    batch = batch_of(token_rows(8))
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, dict(batch))
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, dict(batch))
+    for taught, learnt in zip(seen["teacher"], seen["student"], strict=True):
+        assert torch.equal(taught, learnt)
+    training, evaluation = seen["student"]
+    assert not torch.equal(training, batch["input_ids"])
+    assert torch.equal(evaluation, batch["input_ids"])
+    special = torch.isin(batch["input_ids"], torch.tensor(tokenizer.all_special_ids))
+    assert torch.equal(training[special], batch["input_ids"][special])
+
+
+@pytest.mark.parametrize(
+    ("with_teacher", "with_tokenizer", "changes", "message"),
+    [
+        (False, True, {}, "has no true label"),
+        (True, True, {"task_weight": 0.5}, "has no true label"),
+        (True, False, {}, "needs to know the special tokens"),
+    ],
+)
+def test_replaced_tokens_need_a_teacher_alone_and_the_tokenizer(
+    with_teacher, with_tokenizer, changes, message, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(
+            tmp_path,
+            teacher=tiny_bert() if with_teacher else None,
+            trainer_options={"processing_class": word_tokenizer()} if with_tokenizer else None,
+            token_replacement_rate=0.1,
+            **changes,
+        )

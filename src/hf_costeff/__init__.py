@@ -1,14 +1,15 @@
 """Slim encoder classifiers that leave early, as Hugging Face Transformers models.
 
 Importing the package registers the model type `costeff` with `AutoConfig`, `AutoModel` and
-`AutoModelForSequenceClassification`. Training and the recipe are imported on first use: they need Transformers'
-Trainer, which imports peft.
+`AutoModelForSequenceClassification`, and the pipeline `costeff-classification`. Training and the recipe are imported on
+first use: they need Transformers' Trainer, which imports peft.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_costeff import CostEffConfig
 from .conversion import convert_from_stock, convert_to_stock
@@ -21,17 +22,22 @@ from .exit_criteria import (
     PatienceCriterion,
 )
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
+from .pipeline_costeff import PIPELINE_TASK, CostEffClassificationPipeline
 from .slenderization import SlenderizationPlan, slenderize
 
 if TYPE_CHECKING:
     from .compression import compress
     from .evaluation import calibrate
+    from .export import export_onnx
+    from .monitoring import ExitMonitor
+    from .prediction import predict_texts
     from .trainer import CostEffTrainer
     from .training_args import CostEffTrainingArguments
 
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ConfidenceCriterion",
+    "CostEffClassificationPipeline",
     "CostEffConfig",
     "CostEffForSequenceClassification",
     "CostEffModel",
@@ -40,6 +46,7 @@ __all__ = [
     "EntropyCriterion",
     "EntropyInNatsCriterion",
     "ExitConfig",
+    "ExitMonitor",
     "MarginCriterion",
     "PatienceCriterion",
     "SlenderizationPlan",
@@ -47,16 +54,24 @@ __all__ = [
     "compress",
     "convert_from_stock",
     "convert_to_stock",
+    "export_onnx",
+    "predict_texts",
     "slenderize",
 ]
 
 AutoConfig.register(CostEffConfig.model_type, CostEffConfig, exist_ok=True)
 AutoModel.register(CostEffConfig, CostEffModel, exist_ok=True)
 AutoModelForSequenceClassification.register(CostEffConfig, CostEffForSequenceClassification, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    PIPELINE_TASK, pipeline_class=CostEffClassificationPipeline, pt_model=AutoModelForSequenceClassification
+)
 
 _ON_FIRST_USE = {
     "calibrate": "evaluation",
     "compress": "compression",
+    "export_onnx": "export",
+    "ExitMonitor": "monitoring",
+    "predict_texts": "prediction",
     "CostEffTrainer": "trainer",
     "CostEffTrainingArguments": "training_args",
 }

@@ -1,14 +1,13 @@
-"""Choose exit settings on held-out logits: temperatures, then thresholds, for a largest loss or a speed-up.
-
-Exits do not change later computation, so the logits of all exits, computed once, answer for every threshold.
-"""
+"""Choose exit settings on held-out logits: temperatures, exits to check and thresholds, for one goal."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +17,6 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from .configuration_costeff import CostEffConfig
-from .efficiency import mean_flops
 from .exit_criteria import (
     CRITERIA,
     MULTI_LABEL,
@@ -26,160 +24,22 @@ from .exit_criteria import (
     SINGLE_LABEL,
     ExitConfig,
     ThresholdCriterion,
+    answers,
     decision_log_probabilities,
-    simulate_exits,
 )
+from .exit_replay import ExitLogits, ExitOutcome, ExitReplay, ReplayedExits
 from .guarantees import last_safe, p_value, rows_needed, sample_needed, split_rows, upper_bound, zero_loss_rows
-from .metrics import LOWER_IS_BETTER, METRICS, check_metric
+from .metrics import LOWER_IS_BETTER, METRICS, check_metric, paired_bootstrap
 
-NO_EXITS: list[int] | None = []
 SHARES = torch.linspace(0.005, 1.0, 200, dtype=torch.float64)
 GRID = tuple(step / 200 for step in range(201))
 ERROR_LEVELS = (0.0, *np.geomspace(0.0005, 1.0, 100).tolist())
 TEMPERATURES = (0.05, 20.0)  # where temperatures are looked for
 FEWEST_ROWS = 20  # to fit temperatures on
+RESAMPLES = 200  # to tell two settings apart
 
 GOALS = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", "target_speedup")
 GUARANTEED = ("max_accuracy_drop", "max_disagreement")
-
-
-@dataclass(frozen=True)
-class ExitLogits:
-    """What a model said at every exit on a data set.
-
-    Args:
-        logits: Raw logits, shape (rows, exits, labels).
-        seq_lengths: Real tokens of each row, shape (rows,).
-        labels: True labels, shape (rows,) or (rows, labels); `None` if there are none.
-        row_keys: A whole number made from each row's content, shape (rows,); needed for a guarantee only, which splits
-            the rows by it. `None` if there are none.
-    """
-
-    logits: Tensor
-    seq_lengths: Tensor
-    labels: Tensor | None = None
-    row_keys: Sequence[int] | None = None
-
-    def known_labels(self) -> np.ndarray:
-        """The labels as an array.
-
-        Raises:
-            ValueError: If there are none.
-        """
-        if self.labels is None:
-            raise ValueError("The rows have no labels, so no metric can be computed. Add a label column.")
-        return self.labels.numpy()
-
-    def select(self, rows: np.ndarray) -> ExitLogits:
-        """Some of the rows, by position, without their keys."""
-        labels = None if self.labels is None else self.labels[rows]
-        return ExitLogits(self.logits[rows], self.seq_lengths[rows], labels)
-
-
-@dataclass(frozen=True)
-class ExitOutcome:
-    """What exit settings do on a data set.
-
-    Args:
-        metric: The task metric with early exit.
-        mean_exit_layer: Mean 1-based layer at which rows left.
-        flops_per_row: Mean FLOPs of a row at its own length, executed exits counted.
-        speedup: Mean FLOPs at full depth over `flops_per_row`.
-    """
-
-    metric: float
-    mean_exit_layer: float
-    flops_per_row: float
-    speedup: float
-
-
-class ExitReplay:
-    """Replays any number of exit settings on stored logits; each exit is measured once per criterion."""
-
-    def __init__(self, records: ExitLogits, config: CostEffConfig) -> None:
-        """Take the logits of all exits and the configuration of the model they come from."""
-        self.records, self.config = records, config
-        self.problem_type: str = config.resolved_problem_type
-        self.exit_layers = torch.tensor(config.exit_layers)
-        self._rows = torch.arange(len(records.logits))
-        self._measured: dict[tuple[str, tuple[float, ...]], list[Tensor]] = {}
-
-    def exits(self, settings: ExitConfig | None) -> Tensor:
-        """0-based exit index of each row, as [`simulate_exits`] gives it; `None` is full depth; shape (rows,)."""
-        last = len(self.exit_layers) - 1
-        index = torch.full_like(self._rows, last)
-        if settings is None:
-            return index
-        criterion = settings.build_criterion(last + 1, self.problem_type)
-        if not isinstance(criterion, ThresholdCriterion):
-            return simulate_exits(self.records.logits, settings, self.config.exit_layers, self.problem_type)
-        key = (settings.criterion, tuple(criterion.temperatures))
-        if key not in self._measured:
-            self._measured[key] = [criterion.measured(self.records.logits[:, exit], exit) for exit in range(last)]
-        for exit in reversed(range(last)):  # the first exit that a row passes is written last
-            if settings.is_checked(self.config.exit_layers[exit]):
-                index[criterion.passes(self._measured[key][exit], exit)] = exit
-        return index
-
-    def mean_flops(self, settings: ExitConfig | None) -> float:
-        """FLOPs per row at the rows' own lengths; at full depth the last exit alone is executed."""
-        checked = NO_EXITS if settings is None else settings.checked_exits
-        layers = self.exit_layers[self.exits(settings)]
-        return mean_flops(self.config, layers, self.records.seq_lengths, checked)
-
-    def metric(self, settings: ExitConfig | None, metric: str) -> float:
-        """The task metric of the answers under these settings."""
-        logits = self.records.logits[self._rows, self.exits(settings)]
-        return METRICS[self.problem_type][metric](logits.numpy(), self.records.known_labels())
-
-    def outcome(self, settings: ExitConfig | None, metric: str) -> ExitOutcome:
-        """Metric and cost together."""
-        layer = float(self.exit_layers[self.exits(settings)].float().mean())
-        flops = self.mean_flops(settings)
-        return ExitOutcome(self.metric(settings, metric), layer, flops, self.mean_flops(None) / flops)
-
-    def losses(self, goal: str) -> np.ndarray:
-        """What answering at each exit would cost a row: True where a row loses, shape (rows, exits).
-
-        Args:
-            goal: `"max_accuracy_drop"`: full depth is right and the exit wrong. Otherwise: the exit's answer differs
-                from full depth's. A multi-label answer is the whole set of labels.
-        """
-        answers = _answers(self.records.logits, self.problem_type)
-        if goal != "max_accuracy_drop":
-            return _differ(answers, answers[:, -1:])
-        labels = self.records.known_labels()[:, None]
-        wrong = _differ(answers, labels > 0.5 if self.problem_type == MULTI_LABEL else labels)
-        return wrong & ~wrong[:, -1:]
-
-    def lost(self, losses: np.ndarray, settings: ExitConfig) -> int:
-        """Rows that lose under these settings, from [`losses`]."""
-        return int(losses[self._rows.numpy(), self.exits(settings).numpy()].sum())
-
-
-def _answers(logits: Tensor, problem_type: str) -> np.ndarray:
-    values = logits.numpy()
-    return values > 0 if problem_type == MULTI_LABEL else values.argmax(-1)
-
-
-def _differ(answers: np.ndarray, others: np.ndarray) -> np.ndarray:
-    different = answers != others
-    return different.any(-1) if different.ndim == 3 else different
-
-
-def exit_outcome(records: ExitLogits, settings: ExitConfig | None, config: CostEffConfig, metric: str) -> ExitOutcome:
-    """Replay exit settings on stored logits.
-
-    Args:
-        records: Logits of all exits, with labels.
-        settings: Criterion and threshold; `None` for full depth, with the last exit alone executed.
-        config: The model's.
-        metric: A metric of the problem type, see `hf_costeff.metrics.METRICS`.
-
-    Returns:
-        Metric and cost.
-    """
-    return ExitReplay(records, config).outcome(settings, metric)
 
 
 def fit_temperatures(records: ExitLogits, problem_type: str) -> list[float]:
@@ -205,7 +65,7 @@ def fit_temperatures(records: ExitLogits, problem_type: str) -> list[float]:
         return [1.0] * num_exits
     targets = records.labels
     if targets is None:
-        targets = torch.from_numpy(_answers(records.logits[:, -1], problem_type))
+        targets = answers(records.logits[:, -1], problem_type)
     targets = (targets > 0.5).long() if problem_type == MULTI_LABEL else targets.long().unsqueeze(-1)
 
     def loss(log_temperature: float, logits: Tensor) -> float:
@@ -227,59 +87,89 @@ def default_criterion(problem_type: str) -> str:
 
 def candidate_settings(
     records: ExitLogits,
-    problem_type: str,
+    config: CostEffConfig,
+    criterion: str,
     *,
-    criterion: str | None = None,
     temperatures: float | list[float] = 1.0,
     losses: np.ndarray | None = None,
+    checked_exits: list[int] | None = None,
+    deepest_exit: int | None = None,
 ) -> list[ExitConfig]:
-    """Settings from the most careful (nobody leaves early) to the boldest (everybody leaves as early as it can).
+    """Settings from the most careful (nobody leaves early) to the boldest (everybody leaves at the first checked exit).
 
     No row ever leaves later under a bolder one. Thresholds: an even grid and the quantiles of what was seen, or, with
-    `losses`, one threshold per exit. Patience: ever fewer agreeing exits, for regression one, with growing tolerance.
+    `losses`, one threshold per exit. Patience: ever fewer agreeing exits, down to none; for regression one, with
+    growing tolerance, then none.
 
     Args:
         records: Logits of all exits.
-        problem_type: As upstream's `config.problem_type`.
-        criterion: A key of `CRITERIA`; `None`: entropy, for regression patience.
+        config: The model's.
+        criterion: A key of `CRITERIA`.
         temperatures: As in [`ExitConfig`].
         losses: Of [`ExitReplay.losses`], shape (rows, exits). At each of a row of growing levels, an exit's threshold
             is the boldest at which the share of losers among the rows that leave there keeps to the level. `None`: one
             threshold for all exits.
+        checked_exits: As in [`ExitConfig`].
+        deepest_exit: One of the checked layers, at which everybody leaves who is still in; the most careful settings
+            then let everybody leave there. `None`: the model's last.
 
     Raises:
         ValueError: Unknown criterion, or thresholds per exit for patience, which has none.
     """
-    criterion = criterion or default_criterion(problem_type)
+    settings = ExitConfig(criterion, threshold=0.0, temperatures=temperatures, checked_exits=checked_exits)
+    last = config.exit_layers.index(deepest_exit or config.exit_layers[-1])
+    checked = [exit for exit in range(last) if settings.is_checked(config.exit_layers[exit])]
     if criterion == "patience":
         if losses is not None:
             raise ValueError("Patience has one limit for all exits, no threshold per exit. Leave `per_exit` out.")
-        return _patience_path(records.logits, problem_type)
-    settings = ExitConfig(criterion, threshold=0.0, temperatures=temperatures)
-    num_exits = records.logits.shape[1]
+        path = _patience_path(records.logits[:, [*checked, last]], config.resolved_problem_type)
+        behind = [0] * (len(config.exit_layers) - last)
+        return [
+            ExitConfig(
+                criterion,
+                patience=count if deepest_exit is None else [count] * last + behind,
+                tolerance=tolerance,
+                checked_exits=checked_exits,
+            )
+            for count, tolerance in path
+        ]
+    steps = _threshold_path(records.logits, settings, config.resolved_problem_type, losses, checked, last)
+    return [dataclasses.replace(settings, threshold=limit) for limit in steps]
+
+
+def _threshold_path(
+    logits: Tensor, settings: ExitConfig, problem_type: str, losses: np.ndarray | None, checked: list[int], last: int
+) -> list[float] | list[list[float]]:
+    num_exits = logits.shape[1]
     rule = settings.build_criterion(num_exits, problem_type)
     assert isinstance(rule, ThresholdCriterion)
-    classes = 2 if problem_type == MULTI_LABEL else records.logits.shape[-1]
+    classes = 2 if problem_type == MULTI_LABEL else logits.shape[-1]
     top = rule.everybody_leaves if rule.everybody_leaves < math.inf else 1.01 * math.log(classes)
     low, high, sign = (0.0, top, 1) if rule.lower_is_surer else (-1.0, 0.0, -1)
-    measured = [sign * rule.measured(records.logits[:, exit], exit).double() for exit in range(num_exits - 1)]
+    measured = [sign * rule.measured(logits[:, exit], exit).double() for exit in checked]
     if losses is not None:
-        levels = _thresholds_per_exit(measured, losses, low, high)
-        return [dataclasses.replace(settings, threshold=np.abs(level).tolist()) for level in levels]
-    seen = torch.quantile(torch.cat(measured), SHARES).clamp(low, high).tolist() if measured else []
-    steps = sorted({*(low + (high - low) * step for step in GRID), *seen})
-    return [dataclasses.replace(settings, threshold=abs(step)) for step in steps]
+        found = _thresholds_per_exit(measured, losses[:, checked], low, high)
+    else:
+        seen = torch.quantile(torch.cat(measured), SHARES).clamp(low, high).tolist() if measured else []
+        steps = sorted({*(low + (high - low) * step for step in GRID), *seen})
+        if last == num_exits - 1:
+            return [abs(step) for step in steps]
+        found = np.array(steps)[:, None]
+    limits = np.full((len(found), num_exits), low)
+    limits[:, checked], limits[:, last:] = found, high
+    return np.abs(limits).tolist()
 
 
-def _patience_path(logits: Tensor, problem_type: str) -> list[ExitConfig]:
+def _patience_path(logits: Tensor, problem_type: str) -> list[tuple[int, float | None]]:
+    """Patience and tolerance, careful to bold, for exits of which all but the last are checked."""
     if problem_type != REGRESSION:
-        return [ExitConfig("patience", patience=count) for count in range(logits.shape[1], 0, -1)]
+        return [(count, None) for count in range(logits.shape[1], -1, -1)]
     changes = (logits[:, 1:] - logits[:, :-1]).abs().flatten().double()
     tolerances = {0.0}
     if changes.numel():  # the last is past the largest change, because a change must be below the tolerance
         quantiles = torch.quantile(changes, SHARES)
         tolerances |= {*quantiles.tolist(), 1.01 * float(changes.max())}
-    return [ExitConfig("patience", patience=1, tolerance=tolerance) for tolerance in sorted(tolerances)]
+    return [*((1, tolerance) for tolerance in sorted(tolerances)), (0, None)]
 
 
 def _thresholds_per_exit(measured: list[Tensor], losses: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -304,14 +194,27 @@ def _thresholds_per_exit(measured: list[Tensor], losses: np.ndarray, low: float,
 def exit_curve(records: ExitLogits, config: CostEffConfig, metric: str) -> list[ExitOutcome]:
     """The whole speed-accuracy curve, careful to bold, without repeated points.
 
+    It is that of the criterion, the temperatures and the checked exits in `config.exit_config`, of all exits and the
+    default criterion where there are no settings.
+
     Args:
         records: Logits of all exits, with labels.
         config: The model's.
         metric: See [`exit_outcome`].
     """
     replay = ExitReplay(records, config)
-    outcomes = (replay.outcome(settings, metric) for settings in candidate_settings(records, replay.problem_type))
+    outcomes = (replay.outcome(settings, metric) for settings in curve_settings(records, config))
     return list(dict.fromkeys(outcomes))
+
+
+def curve_settings(records: ExitLogits, config: CostEffConfig) -> list[ExitConfig]:
+    """The settings that [`exit_curve`] shows."""
+    stored = None if config.exit_config is None else ExitConfig.from_dict(config.exit_config)
+    if stored is None:
+        return candidate_settings(records, config, default_criterion(config.resolved_problem_type))
+    return candidate_settings(
+        records, config, stored.criterion, temperatures=stored.temperatures, checked_exits=stored.checked_exits
+    )
 
 
 @dataclass(frozen=True)
@@ -322,19 +225,30 @@ class ExitSearch:
         criterion: A key of `CRITERIA`; `None`: entropy, for regression patience.
         per_exit: One threshold per exit, not one for all.
         fit_temperatures: Fit a temperature per exit before the thresholds; otherwise they stay 1.
+        checked_exits: Layers whose exit is checked, as in [`ExitConfig`]; `None`: chosen too, the first of them and the
+            deepest at which anybody may still be in.
     """
 
     criterion: str | None = None
     per_exit: bool = False
     fit_temperatures: bool = True
+    checked_exits: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.criterion is not None and self.criterion not in CRITERIA:
             raise ValueError(f"`criterion` is {self.criterion!r}. It must be one of {', '.join(CRITERIA)}.")
 
-    def path(self, replay: ExitReplay, goal: str) -> list[ExitConfig]:
-        """The settings to try on these rows, careful to bold."""
-        criterion = self.criterion or default_criterion(replay.problem_type)
+    def criterion_for(self, problem_type: str) -> str:
+        """The criterion's name."""
+        return self.criterion or default_criterion(problem_type)
+
+    def paths(self, replay: ExitReplay, goal: str) -> list[list[ExitConfig]]:
+        """The settings to try on these rows: paths from careful to bold, one for each choice of exits to check.
+
+        Checked are all exits from some exit on, and the first path checks them all. A path ends with everybody leaving
+        at its first exit. Where a speed-up must be reached whatever it costs, it goes on from there to earlier exits.
+        """
+        criterion = self.criterion_for(replay.problem_type)
         temperatures: float | list[float] = 1.0
         if self.fit_temperatures and criterion != "patience":
             if len(replay.records.logits) < FEWEST_ROWS:
@@ -344,9 +258,20 @@ class ExitSearch:
                 )
             temperatures = fit_temperatures(replay.records, replay.problem_type)
         losses = replay.losses(goal) if self.per_exit else None
-        return candidate_settings(
-            replay.records, replay.problem_type, criterion=criterion, temperatures=temperatures, losses=losses
+        path = partial(
+            candidate_settings, replay.records, replay.config, criterion, temperatures=temperatures, losses=losses
         )
+        if self.checked_exits is not None:
+            return [path(checked_exits=self.checked_exits)]
+        early = replay.config.exit_layers[:-1]
+        paths = [path(), *(path(checked_exits=early[start:]) for start in range(1, len(early)))]
+        if goal != "target_speedup":
+            return paths
+        return paths + [
+            paths[deepest] + path(checked_exits=early[start : deepest + 1], deepest_exit=early[deepest])
+            for deepest in range(1, len(early))
+            for start in range(deepest)
+        ]
 
 
 def choose_exit_config(
@@ -363,12 +288,14 @@ def choose_exit_config(
     guarantee: bool = False,
     delta: float = 0.1,
 ) -> ExitConfig:
-    """Exit settings from exactly one goal.
+    """Exit settings from exactly one goal: which exits are checked, and the limit at which a row leaves.
 
-    With a largest loss: the boldest setting such that it and every more careful one keep to it on these rows. With
-    `guarantee`, the boldest one proved to keep to it on new rows of the same distribution: a third of the rows fits
-    temperatures and lays the path of settings, the others test it. With `target_speedup`: the most careful setting that
-    reaches it.
+    For each exit that may be checked first there is a path of settings from careful to bold. With a largest loss, each
+    path gives the boldest setting such that it and every more careful one keep to it on these rows, and the one with
+    the fewest FLOPs is taken; with `target_speedup`, each gives the most careful one that reaches it, and the one with
+    the best metric is taken, if it is better by more than chance than with all exits checked. With `guarantee`, a third
+    of the rows fits temperatures and chooses a path, the others test it step by step, and the boldest setting proved to
+    keep to the loss on new rows of the same distribution is taken.
 
     Args:
         records: Logits of all exits on held-out rows; with labels, but for `max_disagreement`.
@@ -403,10 +330,10 @@ def choose_exit_config(
         _check_guarantee(goal, limit, delta)
         chosen, extra = _guaranteed(replay, search, goal, limit / 100, delta)
     elif goal == "target_speedup":
-        reference = reference_flops or replay.mean_flops(None)
-        chosen = _reaching(search.path(replay, goal), lambda settings: reference / replay.mean_flops(settings), limit)
+        reference = reference_flops or replay.full_depth.mean_flops
+        chosen = _reaching(replay, search.paths(replay, goal), metric, reference, limit)
     else:
-        chosen = _within(search.path(replay, goal), _loss_of(replay, goal, metric), limit)
+        chosen = _within(replay, search.paths(replay, goal), _loss_of(replay, goal, metric), limit)[0]
     return dataclasses.replace(chosen, calibration={"goal": {goal: limit}, **_seen(replay, chosen, metric), **extra})
 
 
@@ -419,32 +346,65 @@ def worse_by(before: float, after: float, metric: str) -> float:
     return after - before if metric in LOWER_IS_BETTER else before - after
 
 
-def _loss_of(replay: ExitReplay, goal: str, metric: str) -> Callable[[ExitConfig], float]:
-    """The loss of settings in points."""
+Loss = Callable[[ReplayedExits], float]
+
+
+def _loss_of(replay: ExitReplay, goal: str, metric: str) -> Loss:
+    """What is lost against full depth, in points."""
     if goal == "max_disagreement":
         losses = replay.losses(goal)
-        return lambda settings: 100 * replay.lost(losses, settings) / len(losses)
-    full = replay.metric(None, metric)
-    return lambda settings: 100 * worse_by(full, replay.metric(settings, metric), metric)
+        return lambda exits: 100 * exits.lost(losses) / len(losses)
+    full = replay.full_depth.metric(metric)
+    return lambda exits: 100 * worse_by(full, exits.metric(metric), metric)
 
 
-def _within(path: list[ExitConfig], loss: Callable[[ExitConfig], float], limit: float) -> ExitConfig:
+def _within(
+    replay: ExitReplay, paths: list[list[ExitConfig]], loss: Loss, limit: float
+) -> tuple[ExitConfig, list[ExitConfig]]:
+    """Of the boldest settings of each path that keep to the limit, the ones with the fewest FLOPs; and their path."""
+    found = [(_boldest(replay, path, loss, limit), path) for path in paths]
+    return min(found, key=lambda pair: replay.at(pair[0]).mean_flops)
+
+
+def _boldest(replay: ExitReplay, path: list[ExitConfig], loss: Loss, limit: float) -> ExitConfig:
+    """The last settings before any lose more; the first in any case."""
     chosen = path[0]
     for settings in path:
-        if loss(settings) > limit + 1e-9:
+        if loss(replay.at(settings)) > limit + 1e-9:
             break
         chosen = settings
     return chosen
 
 
-def _reaching(path: list[ExitConfig], speedup: Callable[[ExitConfig], float], target: float) -> ExitConfig:
-    for settings in path:
-        if speedup(settings) >= target:
-            return settings
-    raise ValueError(
-        f"A speed-up of {target:g} cannot be reached: with every row leaving as early as it can it is "
-        f"{speedup(path[-1]):.2f}. Ask for less, or compress further."
-    )
+def _reaching(
+    replay: ExitReplay, paths: list[list[ExitConfig]], metric: str, reference: float, target: float
+) -> ExitConfig:
+    """Of the most careful settings of each path that reach the speed-up, the ones with the best metric.
+
+    The first path is left only for one that is better by more than chance (paired bootstrap), because the best of many
+    always looks better than it is.
+    """
+
+    def speedup(settings: ExitConfig) -> float:
+        return reference / replay.at(settings).mean_flops
+
+    positions = [(bisect_left(path, target, key=speedup), path) for path in paths]
+    enough = [path[position] for position, path in positions if position < len(path)]
+    if not enough:
+        raise ValueError(
+            f"A speed-up of {target:g} cannot be reached: with every row leaving as early as it can it is "
+            f"{max(speedup(path[-1]) for path in paths):.2f}. Ask for less, or compress further."
+        )
+    loss = _loss_of(replay, "max_metric_drop", metric)
+    best = min(enough, key=lambda settings: loss(replay.at(settings)))
+    return best if _is_better(replay.at(best), replay.at(enough[0]), metric) else enough[0]
+
+
+def _is_better(exits: ReplayedExits, others: ReplayedExits, metric: str) -> bool:
+    function = METRICS[exits.config.resolved_problem_type][metric]
+    logits, labels = (exits.logits.numpy(), others.logits.numpy()), exits.records.known_labels()
+    _, low, high = paired_bootstrap(function, *logits, labels, samples=RESAMPLES)
+    return high < 0 if metric in LOWER_IS_BETTER else low > 0
 
 
 def _guaranteed(
@@ -459,16 +419,18 @@ def _guaranteed(
     tests, needed = len(testing.records.logits), zero_loss_rows(epsilon, delta)
     wanted = f"at most {100 * epsilon:g} points with probability {1 - delta:g}"
     if tests < needed:
-        careful = candidate_settings(replay.records, replay.problem_type, criterion=search.criterion)[0]
+        careful = candidate_settings(replay.records, replay.config, search.criterion_for(replay.problem_type))[0]
         return careful, {
             "no_promise": f"To promise {wanted} takes {sample_needed(needed):,} rows at least, {needed:,} of them to "
             f"test on, and there are {len(keys):,}."
         }
-    start, *path = _thinned(search.path(fitting, goal), fitting)
+    known = fitting.losses(goal)
+    _, path = _within(fitting, search.paths(fitting, goal), lambda exits: exits.lost(known) / len(known), epsilon)
+    start, *path = _thinned(path, fitting)
     losses = testing.losses(goal)
-    safe = last_safe((testing.lost(losses, settings) for settings in path), tests, epsilon, delta)
+    safe = last_safe((testing.at(settings).lost(losses) for settings in path), tests, epsilon, delta)
     if safe is None:
-        flips = testing.lost(losses, path[0]) if path else None
+        flips = testing.at(path[0]).lost(losses) if path else None
         return start, {"no_promise": f"Cannot promise {wanted}: {_why_not(flips, tests, epsilon, delta)}"}
     position, lost = safe
     promise = {"loss": goal, "epsilon": epsilon, "delta": delta, "rows": tests, "flips": lost}
@@ -477,7 +439,7 @@ def _guaranteed(
 
 def _thinned(path: list[ExitConfig], replay: ExitReplay) -> list[ExitConfig]:
     """The path without settings that treat these rows as the one before does."""
-    steps = pairwise(replay.exits(settings) for settings in path)
+    steps = pairwise(replay.at(settings).exit_index for settings in path)
     return [path[0], *(new for new, (before, after) in zip(path[1:], steps, strict=True) if not before.equal(after))]
 
 
@@ -495,15 +457,14 @@ def _why_not(flips: int | None, rows: int, epsilon: float, delta: float) -> str:
 
 def _seen(replay: ExitReplay, settings: ExitConfig, metric: str) -> dict[str, Any]:
     """What the settings did on all rows; without labels there is no metric, for regression no disagreement."""
+    full, early = replay.full_depth, replay.at(settings)
     record: dict[str, Any] = {"rows": len(replay.records.logits)}
     if replay.records.labels is not None:
-        values = (replay.metric(None, metric), replay.metric(settings, metric))
-        record |= {"metric": metric, "full_depth": values[0], "early_exit": values[1]}
+        record |= {"metric": metric, "full_depth": full.metric(metric), "early_exit": early.metric(metric)}
     if replay.problem_type != REGRESSION:
-        record["disagreement"] = replay.lost(replay.losses("max_disagreement"), settings) / record["rows"]
-    layers = replay.exit_layers[replay.exits(settings)].float()
-    speedup = replay.mean_flops(None) / replay.mean_flops(settings)
-    return {**record, "mean_exit_layer": float(layers.mean()), "speedup_over_full_depth": speedup}
+        record["disagreement"] = early.lost(replay.losses("max_disagreement")) / record["rows"]
+    speedup = full.mean_flops / early.mean_flops
+    return {**record, "mean_exit_layer": early.mean_exit_layer, "speedup_over_full_depth": speedup}
 
 
 def describe_seen(seen: Mapping[str, Any]) -> str:
@@ -516,9 +477,10 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
         >>> describe_seen({"rows": 50, "disagreement": 0.02, "mean_exit_layer": 2.5, "speedup_over_full_depth": 2.0})
         'On 50 held-out rows: 2.00% answer otherwise than at full depth, mean exit layer 2.50, 2.00x fewer FLOPs.'
     """
-    quality = f"{100 * seen.get('disagreement', 0):.2f}% answer otherwise than at full depth"
     if "metric" in seen:
         quality = f"{seen['metric']} {seen['full_depth']:.4f} at full depth, {seen['early_exit']:.4f} with early exit"
+    else:
+        quality = f"{100 * seen['disagreement']:.2f}% answer otherwise than at full depth"
     return (
         f"On {seen['rows']:,} held-out rows: {quality}, mean exit layer {seen['mean_exit_layer']:.2f}, "
         f"{seen['speedup_over_full_depth']:.2f}x fewer FLOPs."

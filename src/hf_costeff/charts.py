@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
-from .calibration import ExitOutcome
 from .evaluation import ReportRow
+from .exit_quality import CurvePoint, ExitQuality, ReliabilityBin
+from .exit_replay import ExitOutcome
 
 logger = logging.get_logger(__name__)
+COLUMNS = 3  # small charts side by side
 
 
 def draw_pareto_chart(path: Path, rows: Sequence[ReportRow], curve: Sequence[ExitOutcome], metric: str) -> bool:
@@ -25,12 +28,9 @@ def draw_pareto_chart(path: Path, rows: Sequence[ReportRow], curve: Sequence[Exi
     Returns:
         Whether the chart was drawn; without matplotlib it is left out with one message.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("No chart: matplotlib is not installed. Run `pip install hf_costeff[charts]`.")
+    figure = _new_figure(7.5, 4.8)
+    if figure is None:
         return False
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
     ordered = sorted(curve, key=lambda point: point.flops_per_row)
     axes.plot(
@@ -49,3 +49,75 @@ def draw_pareto_chart(path: Path, rows: Sequence[ReportRow], curve: Sequence[Exi
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
     return True
+
+
+def draw_curve_chart(path: Path, curve: Sequence[CurvePoint], chosen: ExitOutcome, metric: str) -> bool:
+    """Metric against FLOPs with a 95% band, and the stored settings as a point.
+
+    Args:
+        path: PNG to write.
+        curve: Settings from bold to careful or the other way round.
+        chosen: The stored settings.
+        metric: Shown on the vertical axis.
+
+    Returns:
+        As [`draw_pareto_chart`].
+    """
+    figure = _new_figure(7.5, 4.8)
+    if figure is None:
+        return False
+    axes = figure.add_subplot()
+    points = sorted(curve, key=lambda point: point.flops_per_row)
+    flops = [point.flops_per_row / 1e6 for point in points]
+    axes.fill_between(flops, [point.low for point in points], [point.high for point in points], alpha=0.2, label="95%")
+    axes.plot(flops, [point.metric for point in points], label="all limits")
+    axes.scatter(chosen.flops_per_row / 1e6, chosen.metric, marker="D", s=60, label="stored settings", zorder=3)
+    axes.set_xlabel("million FLOPs per text")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def draw_reliability_chart(path: Path, qualities: Sequence[ExitQuality]) -> bool:
+    """Accuracy against confidence, one small chart per exit, before and after the temperatures.
+
+    Args:
+        path: PNG to write.
+        qualities: The exits, shallow first.
+
+    Returns:
+        As [`draw_pareto_chart`].
+    """
+    lines = -(-len(qualities) // COLUMNS)
+    figure = _new_figure(3 * COLUMNS, 2.8 * lines)
+    if figure is None:
+        return False
+    for number, quality in enumerate(qualities, start=1):
+        axes = figure.add_subplot(lines, COLUMNS, number)
+        axes.plot([0, 1], [0, 1], color="tab:gray", linewidth=0.8)
+        for name, bins, marker in (("before", quality.before, "o"), ("after", quality.after, "s")):
+            axes.plot(*_corners(bins), marker=marker, markersize=3, label=name)
+        axes.set_title(f"exit after layer {quality.layer}", fontsize=9)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+    figure.axes[0].legend(fontsize=8)
+    figure.supxlabel("confidence")
+    figure.supylabel("share that is right")
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _corners(bins: Sequence[ReliabilityBin]) -> tuple[list[float], list[float]]:
+    return [part.confidence for part in bins], [part.accuracy for part in bins]
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches; `None`, with a message, where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("No chart: matplotlib is not installed. Run `pip install hf_costeff[charts]`.")
+        return None
+    return Figure(figsize=(width, height), layout="constrained")

@@ -35,10 +35,11 @@ from transformers.utils import logging
 
 from .calibration import exit_curve
 from .checksums import fingerprint, fingerprint_of
+from .class_outcomes import class_outcomes
 from .compression_args import CompressionArguments, CompressionPlan
 from .conversion import check_same_shape, convert_config, convert_from_stock
 from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
-from .distillation import answers, bf16_pays, importance_against, prepared, random_batches, training_arguments
+from .distillation import bf16_pays, importance_against, prepared, random_batches, training_arguments
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     checkpoint_bytes,
@@ -49,7 +50,7 @@ from .efficiency import (
     stock_flops,
 )
 from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
-from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig
+from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
 from .hub import push_folder
 from .importance import compute_importance
 from .losses import task_loss
@@ -332,7 +333,12 @@ class Compression:
             )
             latest = "representation"
         before_prediction = latest
-        yield Stage("prediction", lambda: self._recover("prediction", before_prediction, self.recipe.prediction))
+        rate = self.arguments.token_replacement_rate
+        changes = {"token_replacement_rate": self.recipe.token_replacement_rate if rate is None else rate}
+        yield Stage(
+            "prediction",
+            lambda: self._recover("prediction", before_prediction, self.recipe.prediction, **changes),
+        )
 
     # Stages
 
@@ -418,7 +424,8 @@ class Compression:
 
     def _recover(self, name: str, before: str, phase: Phase, **weights: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         best = weights.get("soft_label_weight", 1.0) > 0
-        return self._distil(name, self._load(before), self._load("assistant"), phase, best=best, **weights)
+        model, record = self._distil(name, self._load(before), self._load("assistant"), phase, best=best, **weights)
+        return model, {**weights, **record}
 
     # What stages share
 
@@ -502,6 +509,7 @@ class Compression:
             train_dataset=self.data.train,
             eval_dataset=self.calibration,
             data_collator=self.collator,
+            processing_class=self.tokenizer,
         )
         return self._run_trainer(trainer, evaluate)
 
@@ -565,9 +573,12 @@ class Compression:
         result = CompressionResult(Path(self.arguments.output_dir), plan, rows, self.metric)
         slim.save_pretrained(result.model_path)
         self.tokenizer.save_pretrained(result.model_path)
+        labels = torch.from_numpy(records["slim model"].known_labels())
+        outcomes = class_outcomes(records["slim model"].logits, labels, settings, slim.config)
         facts = {
             "widths": describe_widths(Widths.of(slim.config)),
             "exit_config": settings.to_dict(),
+            "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
             "data": self.data.summary(),
             "settings": self._settings(),
             "stages": {stage.name: self.store.record(stage.name) for stage in stages},

@@ -41,6 +41,10 @@ class CompressionArguments:
     exit_pooling: str | None = field(
         default=None, metadata={"help": "What exits look at: cls or mean. Default: the recipe's."}
     )
+    token_replacement_rate: float | None = field(
+        default=None,
+        metadata={"help": "Share of tokens replaced in the last phase; 0 for grammar tasks. Default: the recipe's."},
+    )
     fine_tune_teacher: bool = field(
         default=True, metadata={"help": "Fine-tune the teacher first if it has no classification head."}
     )
@@ -91,6 +95,11 @@ class CompressionArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}. It must be at least 1; leave it out for the recipe's.")
+        if self.token_replacement_rate is not None and not 0 <= self.token_replacement_rate <= 1:
+            raise ValueError(
+                f"`token_replacement_rate` is {self.token_replacement_rate}. It must lie in 0..1; 0 leaves texts as "
+                "they are."
+            )
         if self.push_to_hub is not None:
             validate_repo_id(self.push_to_hub)
         if self.seed < 0:

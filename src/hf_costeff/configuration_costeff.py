@@ -10,10 +10,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ExitConfig
 
 MAX_LAYERS = 1_000
 MAX_WIDTH = 1_000_000
+MAX_LABELS = 100_000
+MAX_WEIGHTS = 20_000_000_000  # together; the largest published encoders have half of it
 if TYPE_CHECKING:  # what __post_init__ leaves
     PerLayer = list[int]
     ExitLayers = list[int]
@@ -41,6 +43,31 @@ def expand_per_layer(value: Any, num_layers: int) -> Any:
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"`{name}` is {value!r}. It must be a whole number in {low}..{high}.")
+
+
+def _check_label_names(names: Any) -> None:
+    """`names` is `id2label`, from JSON (keys are strings) or from a caller."""
+    well_formed = (
+        isinstance(names, dict)
+        and len(names) <= MAX_LABELS
+        and {str(key) for key in names} == {str(label) for label in range(len(names))}
+        and all(isinstance(name, (str, int)) for name in names.values())
+    )
+    if not well_formed:
+        raise ValueError(
+            f"`id2label` is {_shortened(names)}. It must give every label from 0 on a name, at most {MAX_LABELS:,}: "
+            '{0: "negative", 1: "positive"}.'
+        )
+
+
+def _shortened(value: Any, length: int = 200) -> str:
+    """How a value reads in an error message, however long it is.
+
+    >>> _shortened([1, 2]), _shortened("a" * 500, 5)
+    ('[1, 2]', "'aaaa...")
+    """
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 @strict
@@ -117,7 +144,12 @@ class CostEffConfig(PreTrainedConfig):
     exit_config: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_integer("num_hidden_layers", self.num_hidden_layers, 1, MAX_LAYERS)  # before anything is expanded
+        # Before anything is expanded: a layer or a label takes memory for its widths or its name alone.
+        _check_integer("num_hidden_layers", self.num_hidden_layers, 1, MAX_LAYERS)
+        if kwargs.get("num_labels") is not None:
+            _check_integer("num_labels", kwargs["num_labels"], 1, MAX_LABELS)
+        if self.id2label is not None:
+            _check_label_names(self.id2label)
         self.num_attention_heads = expand_per_layer(self.num_attention_heads, self.num_hidden_layers)
         self.intermediate_size = expand_per_layer(self.intermediate_size, self.num_hidden_layers)
         if self.exit_layers is None:
@@ -125,8 +157,12 @@ class CostEffConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Upstream's. PEFT asks for it before it looks up its default target modules, so ours are entered here."""
-        known = sys.modules.get("peft.utils.constants")  # never imported for this: it costs as much as torch
+        """Upstream's. PEFT asks for it before it looks up its default target modules, so ours are entered here.
+
+        It is the only thing of ours that PEFT calls on the way, whether it was imported before the model was built or
+        after, and PEFT has no way to register a model type. PEFT is never imported for this: it costs as much as torch.
+        """
+        known = sys.modules.get("peft.utils.constants")
         if known is not None:
             known.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(self.model_type, ["query_key_value"])
         return super().to_dict()
@@ -185,6 +221,16 @@ class CostEffConfig(PreTrainedConfig):
                 )
             for layer, width in enumerate(widths, start=1):
                 _check_integer(f"{name} of layer {layer}", width, 0, MAX_WIDTH)
+        inner = 4 * self.attention_head_size * sum(self.num_attention_heads) + 2 * sum(self.intermediate_size)
+        tables = self.vocab_size * (self.embedding_rank or self.hidden_size)
+        outer = self.max_position_embeddings + self.type_vocab_size + len(self.exit_layers or ()) * self.num_labels
+        weights = tables + self.hidden_size * (inner + outer)
+        if weights > MAX_WEIGHTS:
+            raise ValueError(
+                f"These sizes make {weights:,} weights; at most {MAX_WEIGHTS:,} are taken. Look at `hidden_size` "
+                f"({self.hidden_size}), `vocab_size` ({self.vocab_size}), `attention_head_size` "
+                f"({self.attention_head_size}), `num_hidden_layers`, `num_attention_heads` and `intermediate_size`."
+            )
 
     def validate_exits(self) -> None:
         """Refuse exit layers that are out of order, out of range, or leave the last layer without an exit."""
@@ -197,3 +243,14 @@ class CostEffConfig(PreTrainedConfig):
         for name, choices in (("exit_head", EXIT_HEADS), ("exit_pooling", EXIT_POOLINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. It must be one of {', '.join(choices)}.")
+
+    def validate_exit_config(self) -> None:
+        """Refuse saved exit settings that no `predict` could use."""
+        if self.exit_config is None:
+            return
+        try:
+            settings = ExitConfig.from_dict(self.exit_config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`exit_config` is {_shortened(self.exit_config)}. {error}") from error
+        if not isinstance(settings.calibration, (dict, type(None))):
+            raise ValueError(f"`exit_config` is {_shortened(self.exit_config)}. Its `calibration` must be a dict.")

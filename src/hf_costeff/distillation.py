@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
-from .exit_criteria import MULTI_LABEL, REGRESSION
+from .exit_criteria import answers
 from .losses import importance_loss
 from .modeling_costeff import CostEffForSequenceClassification
 from .trainer import Teacher
@@ -145,10 +145,3 @@ def importance_against(
         )
 
     return loss
-
-
-def answers(logits: Tensor, problem_type: str) -> Tensor:
-    """What logits of shape (batch, labels) answer: classes (batch,), 0/1 (batch, labels), or values (batch,)."""
-    if problem_type == REGRESSION:
-        return logits[:, 0]
-    return (logits > 0).float() if problem_type == MULTI_LABEL else logits.argmax(dim=-1)

@@ -16,17 +16,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .calibration import ExitLogits, ExitSearch, choose_exit_config, exit_outcome
+from .calibration import ExitSearch, choose_exit_config
 from .checksums import fingerprint
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     count_parameters,
     cumulative_flops,
-    full_depth_flops,
     measure_alternating,
     stock_flops,
 )
-from .exit_criteria import ExitConfig, simulate_exits
+from .exit_criteria import ExitConfig
+from .exit_replay import ExitLogits, ExitReplay
 from .metrics import compute_metrics, default_metric
 from .modeling_costeff import CostEffForSequenceClassification, inference
 from .promises import weights_fingerprint
@@ -249,37 +249,26 @@ def _times(contenders: Sequence[Contender], dataset: Dataset, collator: Collator
 
 def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, float]) -> ReportRow:
     model, records = contender.model, contender.records
-    rows = torch.arange(len(records.logits))
     if isinstance(model, CostEffForSequenceClassification):
-        config, layers = model.config, torch.tensor(model.config.exit_layers)
-        outcome = exit_outcome(records, contender.settings, config, default_metric(problem_type))
-        index = torch.full_like(rows, len(layers) - 1)
-        flops_at_128 = float(full_depth_flops(config, PAPER_SEQ_LENGTH))
-        if contender.settings is not None:
-            index = simulate_exits(records.logits, contender.settings, config.exit_layers, problem_type)
-            spent = torch.tensor(cumulative_flops(config, PAPER_SEQ_LENGTH, contender.settings.checked_exits)).double()
-            flops_at_128 = float(spent[layers[index] - 1].mean())
-        flops, exit_layer = outcome.flops_per_row, outcome.mean_exit_layer
-        shares = torch.bincount(index, minlength=len(layers)).double() / len(rows)
+        exits = ExitReplay(records, model.config).at(contender.settings)
+        spent = torch.tensor(cumulative_flops(model.config, PAPER_SEQ_LENGTH, exits.checked_exits)).double()
+        logits, flops, exit_layer = exits.logits, exits.mean_flops, exits.mean_exit_layer
+        flops_at_128 = float(spent[exits.exit_layers - 1].mean())
+        shares = exits.exit_shares
     else:
-        index = torch.zeros_like(rows)
+        logits, exit_layer, shares = records.logits[:, 0], float(model.config.num_hidden_layers), [1.0]
         flops = float(np.mean([stock_flops(model.config, int(length)) for length in records.seq_lengths]))
         flops_at_128 = float(stock_flops(model.config, PAPER_SEQ_LENGTH))
-        exit_layer, shares = float(model.config.num_hidden_layers), torch.ones(1)
     return ReportRow(
         name=contender.name,
-        metrics=_metrics(records, rows, index, problem_type),
+        metrics=compute_metrics(logits.numpy(), records.known_labels(), problem_type),
         parameters=count_parameters(model),
         flops_per_row=flops,
         flops_per_row_at_128=flops_at_128,
         mean_exit_layer=exit_layer,
-        exit_shares=shares.tolist(),
+        exit_shares=shares,
         ms_per_text=ms_per_text,
     )
-
-
-def _metrics(records: ExitLogits, rows: Tensor, index: Tensor | int, problem_type: str) -> dict[str, float]:
-    return compute_metrics(records.logits[rows, index].numpy(), records.known_labels(), problem_type)
 
 
 def format_table(rows: Sequence[ReportRow], metric: str) -> str:

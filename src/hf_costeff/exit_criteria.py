@@ -75,6 +75,46 @@ def probabilities(logits: Tensor, problem_type: str) -> Tensor:
     return decisions.squeeze(-2) if problem_type == SINGLE_LABEL else decisions[..., 1]
 
 
+def answers(logits: Tensor, problem_type: str) -> Tensor:
+    """What logits answer.
+
+    Args:
+        logits: Raw logits, shape (..., labels).
+        problem_type: As upstream's `config.problem_type`.
+
+    Returns:
+        Classes, shape (...); for multi-label 0 or 1 per label, shape (..., labels); for regression values, shape (...).
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 2.0]])
+        >>> answers(logits, "single_label_classification"), answers(logits, "multi_label_classification")
+        (tensor([1]), tensor([[1., 1.]]))
+    """
+    if problem_type == REGRESSION:
+        return logits[..., 0]
+    return (logits > 0).float() if problem_type == MULTI_LABEL else logits.argmax(dim=-1)
+
+
+def answer_confidence(logits: Tensor, problem_type: str) -> Tensor | None:
+    """How probable the answer is: its own probability, or that of the least sure label.
+
+    Args:
+        logits: Logits over the temperature, shape (batch, labels).
+        problem_type: As upstream's `config.problem_type`.
+
+    Returns:
+        Shape (batch,); `None` for regression.
+
+    Example:
+        >>> answer_confidence(torch.zeros(1, 4), "single_label_classification")
+        tensor([0.2500])
+    """
+    if problem_type == REGRESSION:
+        return None
+    chances = probabilities(logits, problem_type)
+    return torch.maximum(chances, 1 - chances).amin(-1) if problem_type == MULTI_LABEL else chances.amax(-1)
+
+
 def entropy(log_probabilities: Tensor) -> Tensor:
     """Entropy in nats of the least sure decision, between 0 and ln(classes).
 
@@ -261,7 +301,8 @@ class PatienceCriterion(ExitCriterion):
     """Leave when `patience` checked exits in a row repeat the answer of the exit before them (PABEE, Zhou et al. 2020).
 
     Classification compares the arg-max, multi-label the set of labels above one half, regression the value within
-    `tolerance` (label units, strictly). The earliest exit is therefore checked exit number `patience` + 1.
+    `tolerance` (label units, strictly). The earliest exit is therefore checked exit number `patience` + 1; where it is
+    0, everybody leaves.
     """
 
     name = "patience"
@@ -269,25 +310,24 @@ class PatienceCriterion(ExitCriterion):
     def __init__(self, settings: ExitConfig, num_exits: int, problem_type: str) -> None:
         super().__init__(settings, num_exits, problem_type)
         if settings.patience is None:
-            raise ValueError("The patience criterion needs `patience`: how many agreeing exits in a row, at least 1.")
-        if problem_type == REGRESSION and settings.tolerance is None:
+            raise ValueError("The patience criterion needs `patience`: how many agreeing exits in a row, 0 or more.")
+        self.patience = [int(count) for count in spread("patience", settings.patience, num_exits)]
+        if problem_type == REGRESSION and any(self.patience) and settings.tolerance is None:
             raise ValueError("Patience on a regression model needs `tolerance`: the largest change, in label units.")
-        self.patience = settings.patience
         self.tolerance = settings.tolerance or 0.0
 
     def leaves(self, history: Tensor, exit_index: int) -> Tensor:
-        """True where the last `patience` steps between checked exits all agree, shape (rows,)."""
-        if history.shape[1] <= self.patience:
+        """True where the exit's `patience` last steps between checked exits all agree, shape (rows,)."""
+        patience = self.patience[exit_index]
+        if history.shape[1] <= patience:
             return torch.zeros(len(history), dtype=torch.bool, device=history.device)
-        window = history[:, -self.patience - 1 :]
+        window = history[:, -patience - 1 :]
         if self.problem_type == REGRESSION:
             agrees = (window[:, 1:] - window[:, :-1]).abs().amax(-1) < self.tolerance
-        elif self.problem_type == MULTI_LABEL:
-            agrees = ((window[:, 1:] > 0) == (window[:, :-1] > 0)).all(-1)
         else:
-            answers = window.argmax(-1)
-            agrees = answers[:, 1:] == answers[:, :-1]
-        return agrees.all(-1)
+            answered = answers(window, self.problem_type)
+            agrees = answered[:, 1:] == answered[:, :-1]
+        return agrees.flatten(1).all(-1)
 
 
 CRITERIA: dict[str, type[ExitCriterion]] = {
@@ -320,8 +360,8 @@ def _is_number(value: Any, low: float, high: float = math.inf) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and _is_number(value, 1)
+def _is_count(value: Any, low: int = 1) -> bool:
+    return isinstance(value, int) and _is_number(value, low)
 
 
 @dataclass(frozen=True)
@@ -333,7 +373,7 @@ class ExitConfig:
             `"patience"`.
         threshold: Limit of the criterion, one number or one per exit: a fraction in 0..1 for entropy, confidence and
             margin; nats for `"entropy_nats"`; unused by patience.
-        patience: Agreeing exits in a row, at least 1; patience criterion only.
+        patience: Agreeing exits in a row, one number or one per exit; 0 lets everybody leave. Patience criterion only.
         tolerance: Largest change between exits that still agrees, in label units; regression only.
         temperatures: Divisor of the logits before the criterion looks at them, one or one per exit, above 0.
         checked_exits: Exit layers (1-based) whose exit is evaluated, ascending; `None` checks all. The last layer
@@ -350,7 +390,7 @@ class ExitConfig:
 
     criterion: str = "entropy"
     threshold: float | list[float] | None = None
-    patience: int | None = None
+    patience: int | list[int] | None = None
     tolerance: float | None = None
     temperatures: float | list[float] = 1.0
     checked_exits: list[int] | None = None
@@ -366,7 +406,8 @@ class ExitConfig:
         for number in _numbers(self.temperatures):
             self._require("temperatures", number, _is_number(number, 0) and 0 < number < math.inf, "a number above 0")
         if self.patience is not None:
-            self._require("patience", self.patience, _is_count(self.patience), "a whole number, at least 1")
+            counts = all(_is_count(number, 0) for number in _numbers(self.patience))
+            self._require("patience", self.patience, counts, "a whole number, 0 or more, or one per exit")
         if self.tolerance is not None:
             self._require("tolerance", self.tolerance, _is_number(self.tolerance, 0), "0 or more, in label units")
         if self.checked_exits is not None:

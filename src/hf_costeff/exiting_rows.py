@@ -1,108 +1,277 @@
-"""The bookkeeping of one early-exit pass: who is still in the batch, and what those who left answered."""
+"""Rows on their way through the layers: where they stop to be asked, who leaves there, and how the rest goes on.
+
+A set of rows can wait at a stop and go on later, alone or merged with others that have come as far. Nothing here runs
+a layer.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .exit_criteria import ExitCriterion
+from .exit_criteria import REGRESSION, ExitConfig, ExitCriterion
 
 
-class ExitingRows:
-    """Who is still in a running batch, and what those who left answered.
+@dataclass(frozen=True)
+class ExitPlan:
+    """Which exits are asked on the way, and who may leave there.
 
-    Made anew for every `predict` call. Decisions are taken on the device; one transfer per checked exit tells the host
-    which rows left. Lengths are known to the host from the start, so cropping costs no transfer.
+    Args:
+        criterion: Decides at every stop but the last; `None` for full depth.
+        exit_layers: 1-based layers that own an exit, ascending; the last is the model's depth.
+        stops: 1-based layers whose exit is evaluated, ascending; the last is the model's depth, where everybody leaves.
+        problem_type: As upstream's `config.problem_type`.
     """
 
-    def __init__(
-        self,
-        criterion: ExitCriterion | None,
-        checked: list[int],
-        exit_layers: list[int],
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-    ) -> None:
-        """Start with every row in the batch.
+    criterion: ExitCriterion | None
+    exit_layers: list[int]
+    stops: list[int]
+    problem_type: str
+
+    @classmethod
+    def make(cls, settings: ExitConfig | None, exit_layers: list[int], problem_type: str) -> ExitPlan:
+        """The plan that these settings mean for a model with these exits.
 
         Args:
-            criterion: Decides at the checked exits; `None` for full depth.
-            checked: 1-based layers whose exit is evaluated.
-            exit_layers: 1-based layers that own an exit; the last is the model's depth.
-            input_ids: Shape (batch, seq).
-            attention_mask: 1 for real tokens, shape (batch, seq); `None` where nothing is padded.
+            settings: `None` for full depth.
+            exit_layers: 1-based layers that own an exit.
+            problem_type: As upstream's `config.problem_type`.
 
         Raises:
-            ValueError: If a row is all padding.
+            ValueError: Settings that do not fit the model.
         """
-        self.criterion = criterion
-        self.exit_layers = exit_layers
-        self.evaluated = {*checked, exit_layers[-1]} if criterion is not None else {exit_layers[-1]}
-        batch, seq = input_ids.shape
-        self.remaining = torch.arange(batch)
-        self.ends, self.counts = _ends_and_counts(attention_mask, batch, seq)
-        if not self.counts.all():
-            raise ValueError(
-                f"Row {int(self.counts.argmin())} of `attention_mask` is all padding. Drop the row, or tokenize it: "
-                "even an empty text has its special tokens."
-            )
-        self.history: Tensor | None = None
-        self.left_rows: list[Tensor] = []
-        self.left_logits: list[Tensor] = []
-        self.left_layers: list[Tensor] = []
+        depth = exit_layers[-1]
+        if settings is None:
+            return cls(None, exit_layers, [depth], problem_type)
+        if stray := set(settings.checked_exits or ()) - set(exit_layers):
+            raise ValueError(f"`checked_exits` names layers without an exit: {sorted(stray)}. Exits: {exit_layers}.")
+        criterion = settings.build_criterion(len(exit_layers), problem_type)
+        stops = [layer for layer in exit_layers if layer == depth or settings.is_checked(layer)]
+        return cls(criterion, exit_layers, stops, problem_type)
+
+    def next_stop(self, depth: int) -> int:
+        """The first stop behind layer `depth` (0: the embeddings)."""
+        return next(stop for stop in self.stops if stop > depth)
+
+    def leaves(self, seen: Tensor, depth: int) -> Tensor:
+        """Which rows leave at the stop after layer `depth`.
+
+        Args:
+            seen: Raw logits at the stops so far, this one last, shape (rows, seen, labels).
+            depth: 1-based layer.
+
+        Returns:
+            Booleans, True = leaves, shape (rows,).
+        """
+        if self.criterion is None or depth == self.stops[-1]:
+            return torch.ones(len(seen), dtype=torch.bool, device=seen.device)
+        return self.criterion.leaves(seen, self.exit_layers.index(depth))
+
+    def scaled(self, logits: Tensor, exit_layer: int) -> Tensor:
+        """Logits of one exit over its temperature, shape as given; a regression model's values as they are."""
+        if self.criterion is None or self.problem_type == REGRESSION:
+            return logits
+        return self.criterion.scaled(logits, self.exit_layers.index(exit_layer))
+
+
+@dataclass(frozen=True)
+class LeavingRows:
+    """Rows that left together.
+
+    Args:
+        numbers: The caller's number of each row.
+        exit_layer: 1-based layer they left after.
+        logits: Their answers, shape (rows, labels).
+    """
+
+    numbers: list[int]
+    exit_layer: int
+    logits: Tensor
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.numbers)
+
+
+@dataclass
+class RunningRows:
+    """Rows that have run the first `depth` layers, and all that they need to run on.
+
+    Lengths are known to the host from the start, so cropping costs no transfer.
+
+    Args:
+        numbers: The caller's number of each row.
+        ends: Position after the last real token of each row.
+        counts: Real tokens of each row; fewer than its end where the padding is on the left.
+        hidden_states: Shape (rows, seq, hidden).
+        padding_mask: 1 for real tokens, 0 for padding, shape (rows, seq); `None` where nothing is padded.
+        depth: Layers that were run; 0 after the embeddings.
+        seen: Raw logits at the stops so far, shape (rows, seen, labels); `None` before the first.
+        attention_mask: What the attention function takes, kept here while the rows stay the same; `None`: not made yet,
+            or not needed.
+    """
+
+    numbers: list[int]
+    ends: list[int]
+    counts: list[int]
+    hidden_states: Tensor
+    padding_mask: Tensor | None
+    depth: int = 0
+    seen: Tensor | None = None
+    attention_mask: Any = None
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.numbers)
 
     @property
     def longest(self) -> int:
-        """Columns that the rows still in need: up to the last real token of the longest."""
-        return int(self.ends[self.remaining].max())
+        """Columns that the rows need: up to the last real token of the longest."""
+        return max(self.ends)
 
     @property
     def padded(self) -> bool:
-        """Whether any row still in has padding within `longest` columns."""
-        return int(self.counts[self.remaining].min()) < self.longest
+        """Whether any row has padding within the columns that the rows need."""
+        return min(self.counts) < self.longest
 
-    def leave(self, depth: int, logits: Tensor) -> Tensor | None:
-        """Let rows leave after layer `depth`.
+    def leave(self, plan: ExitPlan, logits: Tensor) -> tuple[LeavingRows | None, RunningRows | None]:
+        """Ask the plan who leaves at the present depth.
+
+        The decision is taken on the device; one transfer tells the host. Rows are moved only if some leave and some
+        stay.
 
         Args:
-            depth: 1-based layer whose exit was evaluated.
-            logits: Raw logits of the rows still in, shape (rows, labels).
+            plan: Who may leave.
+            logits: Raw logits of the exit here, shape (rows, labels).
 
         Returns:
-            Positions of the survivors among the rows still in, on the device, shape (survivors,); `None` if
-            nobody left.
+            Who left and who goes on, `None` where nobody does.
+
+        Raises:
+            ValueError: If a logit is not finite.
         """
-        if self.criterion is None or depth == self.exit_layers[-1]:
-            leaving = torch.ones(len(logits), dtype=torch.bool)
-        else:
-            seen = logits.unsqueeze(1)
-            self.history = seen if self.history is None else torch.cat([self.history, seen], dim=1)
-            leaving = self.criterion.leaves(self.history, self.exit_layers.index(depth)).cpu()
-            if not leaving.any():
-                return None
-        positions = leaving.nonzero().flatten()
-        self.left_rows.append(self.remaining[positions])
-        self.left_logits.append(logits[positions.to(logits.device)])
-        self.left_layers.append(torch.full((len(positions),), depth))
-        staying = (~leaving).nonzero().flatten()
-        self.remaining = self.remaining[staying]
-        survivors = staying.to(logits.device)
-        if self.history is not None:
-            self.history = self.history[survivors]
-        return survivors
+        here = logits.unsqueeze(1)
+        seen = here if self.seen is None else torch.cat([self.seen, here], dim=1)
+        leaves, sums = torch.stack([plan.leaves(seen, self.depth), logits.sum(-1)]).tolist()  # the one transfer
+        if not all(map(math.isfinite, sums)):
+            self._check_finite(logits)
+        self.seen = seen
+        leaving = [position for position, leave in enumerate(leaves) if leave]
+        if not leaving:
+            return None, self
+        if len(leaving) == len(self):
+            return LeavingRows(self.numbers, self.depth, logits), None
+        left = LeavingRows(pick(self.numbers, leaving), self.depth, logits[host_index(leaving, logits.device)])
+        return left, self.select([position for position, leave in enumerate(leaves) if not leave])
 
-    def answers(self) -> tuple[Tensor, Tensor]:
-        """Logits (batch, labels) and 1-based exit layers (batch,) in the caller's order, once everybody has left."""
-        order = torch.cat(self.left_rows).argsort()
-        logits = torch.cat(self.left_logits)
-        return logits[order.to(logits.device)], torch.cat(self.left_layers)[order].to(logits.device)
+    def _check_finite(self, logits: Tensor) -> None:
+        broken = (~logits.isfinite().all(-1)).tolist()
+        if True not in broken:  # finite logits may have an infinite sum
+            return
+        position = broken.index(True)
+        raise ValueError(
+            f"The logits of row {self.numbers[position]} after layer {self.depth} are {logits[position].tolist()}. "
+            f"They must be finite: the checkpoint is broken, or too large for {logits.dtype}. Load an intact one, or "
+            "use dtype=torch.float32."
+        )
+
+    def select(self, positions: Sequence[int]) -> RunningRows:
+        """Some of the rows, cropped to the longest of them.
+
+        Args:
+            positions: Positions among these rows, at least one.
+        """
+        ends = pick(self.ends, positions)
+        index = host_index(positions, self.hidden_states.device)
+        columns = max(ends)
+
+        def cropped(tensor: Tensor) -> Tensor:
+            return tensor[:, :columns].index_select(0, index)
+
+        return RunningRows(
+            numbers=pick(self.numbers, positions),
+            ends=ends,
+            counts=pick(self.counts, positions),
+            hidden_states=cropped(self.hidden_states),
+            padding_mask=None if self.padding_mask is None else cropped(self.padding_mask),
+            depth=self.depth,
+            seen=None if self.seen is None else self.seen.index_select(0, index),
+        )
+
+    @staticmethod
+    def merge(groups: Sequence[RunningRows]) -> RunningRows:
+        """One set of all the rows of several that have come equally far under one plan, in order.
+
+        Shorter groups are padded on the right; a single group comes back as it is.
+
+        Args:
+            groups: At least one.
+        """
+        first, *others = groups
+        if not others:
+            return first
+        rows, columns = sum(map(len, groups)), max(group.longest for group in groups)
+        hidden_states = first.hidden_states.new_zeros(rows, columns, first.hidden_states.shape[-1])
+        padding_mask = torch.zeros(rows, columns, dtype=torch.bool, device=hidden_states.device)
+        start = 0
+        for group in groups:
+            place = (slice(start, start + len(group)), slice(0, group.hidden_states.shape[1]))
+            hidden_states[place] = group.hidden_states
+            padding_mask[place] = True if group.padding_mask is None else group.padding_mask != 0
+            start += len(group)
+        return RunningRows(
+            numbers=[number for group in groups for number in group.numbers],
+            ends=[end for group in groups for end in group.ends],
+            counts=[count for group in groups for count in group.counts],
+            hidden_states=hidden_states,
+            padding_mask=padding_mask,
+            depth=first.depth,
+            seen=None if first.seen is None else torch.cat([group.seen for group in groups if group.seen is not None]),
+        )
 
 
-def _ends_and_counts(attention_mask: Tensor | None, batch: int, seq: int) -> tuple[Tensor, Tensor]:
-    """Position after the last real token and number of real tokens of each row, on the host, shape (batch,) each."""
+def ends_and_counts(attention_mask: Tensor | None, rows: int, columns: int) -> tuple[list[int], list[int]]:
+    """Position after the last real token, and number of real tokens, of each row, on the host.
+
+    Args:
+        attention_mask: 1 for real tokens, 0 for padding, shape (rows, columns); `None` where nothing is padded.
+        rows: Number of rows.
+        columns: Tokens per row, padding included.
+
+    Raises:
+        ValueError: If a row is all padding.
+
+    Example:
+        >>> ends_and_counts(torch.tensor([[1, 1, 0], [0, 1, 1]]), 2, 3)
+        ([2, 3], [2, 2])
+    """
     if attention_mask is None:
-        return torch.full((batch,), seq), torch.full((batch,), seq)
+        return [columns] * rows, [columns] * rows
     real = attention_mask != 0
-    positions = torch.arange(1, seq + 1, device=attention_mask.device)
-    ends, counts = torch.stack([(positions * real).amax(dim=1), real.sum(dim=1)]).cpu()
+    positions = torch.arange(1, columns + 1, device=attention_mask.device)
+    ends, counts = torch.stack([(positions * real).amax(dim=1), real.sum(dim=1)]).tolist()
+    if 0 in counts:
+        raise ValueError(
+            f"Row {counts.index(0)} of `attention_mask` is all padding. Drop the row, or tokenize it: "
+            "even an empty text has its special tokens."
+        )
     return ends, counts
+
+
+def pick(values: Sequence[int], positions: Iterable[int]) -> list[int]:
+    """The values at these positions.
+
+    >>> pick([4, 5, 6], [2, 0])
+    [6, 4]
+    """
+    return [values[position] for position in positions]
+
+
+def host_index(positions: Sequence[int], device: torch.device) -> Tensor:
+    """Positions that the host knows, on the device, without waiting for it; shape (positions,)."""
+    return torch.tensor(positions, dtype=torch.long).to(device, non_blocking=True)

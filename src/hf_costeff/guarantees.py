@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import beta, binom
 
 FITTING_SHARE = 3  # one row in so many fits temperatures and the path; the others test it
 MOST_ROWS = 1_000_000
+LOSSES = {
+    "max_accuracy_drop": "full depth is right and the early answer wrong",
+    "max_disagreement": "the early answer differs from that of full depth",
+}
 
 
 def split_rows(row_keys: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -145,3 +150,22 @@ def sample_needed(test_rows: int) -> int:
     while sample - sample // FITTING_SHARE < test_rows:
         sample += 1
     return sample
+
+
+def describe_promise(promise: Mapping[str, Any]) -> str:
+    """A promise in a sentence.
+
+    Args:
+        promise: What `calibration` holds of an [`ExitConfig`] under `"promise"`.
+
+    Example:
+        >>> numbers = {"epsilon": 0.01, "delta": 0.1, "rows": 800, "flips": 2, "upper_bound": 0.0066}
+        >>> print(describe_promise({"loss": "max_disagreement", **numbers}))
+        Promised for new rows of the same kind, with probability 0.9: for at most 1.00% of them the early answer differs
+        from that of full depth. It was tested on 800 rows, of which 2 lost (upper bound 0.66%).
+    """
+    return (
+        f"Promised for new rows of the same kind, with probability {1 - promise['delta']:g}: for at most "
+        f"{promise['epsilon']:.2%} of them {LOSSES[promise['loss']]}. It was tested on {promise['rows']:,} rows, of "
+        f"which {promise['flips']:,} lost (upper bound {promise['upper_bound']:.2%})."
+    )

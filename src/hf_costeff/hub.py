@@ -22,7 +22,8 @@ from huggingface_hub.errors import (
 
 CONFIG = "config.json"
 CARD = "README.md"
-REPORT_FILES = (CARD, "SUMMARY.md", "efficiency.json", "pareto.png")
+FIGURES = ("SUMMARY.md", "efficiency.json", "pareto.png")
+REPORT_FILES = (CARD, *FIGURES)
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.jinja", "*.spm", "spiece.model", "sentencepiece*.model"),
@@ -31,6 +32,7 @@ WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json")
 MODEL_FILES = (CONFIG, "*.py", *WEIGHT_FILES, *TOKENIZER_FILES, *REPORT_FILES)
 
 TAGS = ("costeff", "early-exit", "custom_code")
+MARKER = "<!-- written by hf_costeff; remove this line to keep your changes -->"
 PLAIN_CARD = """# {repo_id}
 
 An encoder classifier of {layers} layers with exits after layers {exits} (model type `costeff`). No measurements were
@@ -60,7 +62,8 @@ def push_folder(
 ) -> CommitInfo:
     """Upload the model files of a folder in one commit: all of them arrive, or nothing changes.
 
-    Only files that make up a model travel ([`MODEL_FILES`]): no pickles, no checkpoints, no stages.
+    Only files that make up a model travel ([`MODEL_FILES`]): no pickles, no checkpoints, no stages. Figures of an
+    earlier push that this folder does not have are removed; everything else in the repository stays.
 
     Args:
         folder: A saved model.
@@ -94,6 +97,7 @@ def push_folder(
             revision=revision,
             create_pr=create_pr,
             allow_patterns=list(MODEL_FILES),
+            delete_patterns=list(FIGURES),  # of an earlier push; what is uploaded now stays
             ignore_patterns=["*/*"],  # stages, checkpoints and whatever else lies in folders below
         )
 
@@ -173,10 +177,12 @@ def write_card(
     token: str | bool | None = None,
     revision: str | None = None,
     tags: list[str] | None = None,
+    otherwise: ModelCard | None = None,
 ) -> None:
     """Put a card beside a model that was saved in order to be pushed.
 
-    That of the folder it came from if it still holds; else that on the Hub; else one without figures.
+    One that somebody has written there stays. Otherwise that of the folder the model came from, if it still holds; else
+    one on the Hub that somebody has written; else a new one.
 
     Args:
         folder: Where the model was saved.
@@ -185,23 +191,34 @@ def write_card(
         token: Access token; `None` uses the one you are logged in with.
         revision: Branch it goes to.
         tags: Added to those of the card.
+        otherwise: The new one; `None` takes one without figures.
     """
+    file = Path(folder) / CARD
     card = None
-    if not copy_report(origin, folder):
-        card = card_on_the_hub(repo_id, token, revision) or plain_card(repo_id, folder)
+    if not is_written_by_hand(file) and not copy_report(origin, folder):
+        card = card_on_the_hub(repo_id, token, revision)
+        if card is None or MARKER in card.content:  # of ours, and its figures are those of other weights
+            card = otherwise or plain_card(repo_id, folder)
     if tags:
-        card = card or ModelCard.load(Path(folder) / CARD)
+        card = card or ModelCard.load(file)
         card.data.tags = [*dict.fromkeys([*(card.data.tags or []), *tags])]
     if card is not None:
-        card.save(Path(folder) / CARD)
+        card.save(file)
+
+
+def is_written_by_hand(card: Path) -> bool:
+    """Whether there is such a file and this package did not write it, or somebody made it theirs since."""
+    return card.exists() and MARKER not in card.read_text(encoding="utf-8")
 
 
 def card_on_the_hub(repo_id: str, token: str | bool | None, revision: str | None) -> ModelCard | None:
-    """The card that is there already, if there is one."""
+    """The card that is there already, if there is one; a branch that is still to be made begins as `main`."""
     with clear_errors(repo_id):
         try:
             file = hf_hub_download(repo_id, CARD, token=token, revision=revision)
-        except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError):
+        except RevisionNotFoundError:
+            return None if revision is None else card_on_the_hub(repo_id, token, None)
+        except (RepositoryNotFoundError, RemoteEntryNotFoundError):
             return None
     return ModelCard(Path(file).read_text(encoding="utf-8"))
 
@@ -211,4 +228,4 @@ def plain_card(repo_id: str, folder: str | Path) -> ModelCard:
     layers = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["exit_layers"]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=list(TAGS))
     text = PLAIN_CARD.format(repo_id=repo_id, layers=layers[-1], exits=", ".join(map(str, layers)))
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n{MARKER}\n")

@@ -1,22 +1,27 @@
-"""The model card: what a compression run measured, as a page for people who never saw the run."""
+"""The model card: what a compression run or a training measured, as a page for people who never saw it."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration import describe_seen
+from .class_outcomes import ClassOutcome
 from .configuration_costeff import CostEffConfig
 from .efficiency import PAPER_SEQ_LENGTH, cumulative_flops
 from .evaluation import TIMED_BATCHES, ReportRow, format_table
-from .hub import CARD, TAGS, plain_card
+from .guarantees import describe_promise
+from .hub import CARD, MARKER, TAGS, is_written_by_hand, plain_card
 
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TEMPLATES = Path(__file__).parent / "templates"
+SHOWN_CLASSES = 10
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 SETTINGS = {
     "recipe": "recipe",
@@ -65,14 +70,14 @@ class CompressionCard:
         calibrated = (self.config.exit_config or {}).get("calibration")
         return ModelCard.from_template(
             self.metadata(),
-            template_path=str(TEMPLATE),
+            template_path=str(TEMPLATES / "model_card.md"),
+            marker=MARKER,
             name=self.name,
             exit_layers=", ".join(map(str, self.config.exit_layers)),
             teacher=f"[{source}](https://huggingface.co/{source})" if HUB_ID.fullmatch(source) else "a local teacher",
             parameters=f"{slim.parameters:,}",
             smaller=f"{teacher.parameters / slim.parameters:.1f}",
-            example='"a text"' if len(report["data"]["text_columns"]) == 1 else '"a text", "and its pair"',
-            threshold=self.config.exit_config is not None,
+            use=how_to_use(self.name, self.config, pair=len(report["data"]["text_columns"]) == 2),
             validation_rows=f"{report['data']['rows']['validation']:,}",
             dataset_phrase=self.dataset_phrase(),
             table=format_table(self.rows, report["metric"]),
@@ -83,6 +88,9 @@ class CompressionCard:
             exit_table=self.exit_table(),
             exit_note=self.exit_note(),
             calibration=None if calibrated is None else describe_calibration(calibrated),
+            class_table=self.class_table(),
+            class_note=self.class_note(),
+            who_pays=self.who_pays(),
             recipe="; ".join(f"{said} {settings[key]}" for key, said in SETTINGS.items() if settings.get(key)) + ".",
             stage_table=self.stage_table(),
             train_rows=f"{report['data']['rows']['train']:,}",
@@ -125,6 +133,43 @@ class CompressionCard:
         named = " ".join(filter(None, (source, settings.get("dataset_config"))))
         return f" of {named}" if HUB_ID.fullmatch(source) else ""
 
+    @property
+    def classes(self) -> list[ClassOutcome]:
+        """What early exit does to each class, the class that loses most first; empty where nobody looked."""
+        if len(self.rows) < len(self.report["rows"]):  # measured with other exit settings
+            return []
+        return [ClassOutcome(**outcome) for outcome in self.report.get("classes") or []]
+
+    def class_table(self) -> str:
+        """A line per class, at most `SHOWN_CLASSES`."""
+        lines = [
+            [
+                *(table_text(outcome.name), f"{outcome.rows:,}", f"{outcome.full_depth:.1%}"),
+                *(f"{outcome.early_exit:.1%}", f"{outcome.mean_exit_layer:.2f}"),
+            ]
+            for outcome in self.classes[:SHOWN_CLASSES]
+        ]
+        columns = ["class", "rows", "all layers", "early exit", "mean exit layer"]
+        return markdown_table(columns, lines) if lines else ""
+
+    def class_note(self) -> str:
+        """Where the classes are that the table has no room for."""
+        more = len(self.classes) - SHOWN_CLASSES
+        return f"{more} classes more are in `efficiency.json`." if more > 0 else ""
+
+    def who_pays(self) -> str:
+        """Which class pays for early exit, as far as it was measured."""
+        general = "Early exit does not treat all classes alike"
+        if not self.classes:
+            return f"{general}: rare or subtle ones may lose more than the mean says. Measured here is the mean alone."
+        worst = self.classes[0]
+        if worst.early_exit >= worst.full_depth:
+            return f"{general}. On these rows none lost right answers to it; rare or subtle ones may elsewhere."
+        return (
+            f"{general}: of {table_text(worst.name)}, {worst.full_depth:.1%} are answered right by all layers and "
+            f"{worst.early_exit:.1%} with early exit."
+        )
+
     def exit_metrics(self) -> list[float | None]:
         """What each exit would score if every calibration row left there; `None` where nobody looked."""
         trained = [record for record in self.report["stages"].values() if "calibration_metrics" in record]
@@ -145,8 +190,7 @@ class CompressionCard:
             columns[f"{self.report['metric']} if all leave here"] = [f"{score:.4f}" for score in scores]
         if len(self.rows) == len(self.report["rows"]):
             columns["share of rows"] = [f"{share:.1%}" for share in self.rows[-1].exit_shares]
-        lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return markdown_table(list(columns), list(zip(*columns.values(), strict=True)))
 
     def exit_note(self) -> str:
         """Which rows the columns of the exit table speak of."""
@@ -171,6 +215,107 @@ class CompressionCard:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class TrainingCard:
+    """A card from what a Trainer knows at its end. A sentence whose measurement is missing is left out.
+
+    Args:
+        name: How the model is called where the card will be read.
+        config: The model's.
+        parameters: Everything counted.
+        evaluation: The last logged metrics, `eval_exit_<layer>_<metric>` among them; empty if nobody looked.
+        training: How it was trained, in a sentence.
+        teacher: Name of the teacher; `None` if there was none.
+        metadata: What `ModelCardData` takes: `license`, `language`, `base_model`, `datasets`.
+    """
+
+    name: str
+    config: CostEffConfig
+    parameters: int
+    evaluation: Mapping[str, float]
+    training: str
+    teacher: str | None
+    metadata: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that were logged for every exit."""
+        prefix = f"eval_exit_{self.config.exit_layers[-1]}_"
+        return [name.removeprefix(prefix) for name in self.evaluation if name.startswith(prefix)]
+
+    def render(self) -> ModelCard:
+        """The card, metadata and text."""
+        settings = {"library_name": "transformers", "pipeline_tag": "text-classification", "tags": list(TAGS)}
+        known = {key: value for key, value in self.metadata.items() if value is not None}
+        teacher = public_name(self.teacher)
+        linked = f"[{teacher}](https://huggingface.co/{teacher})" if teacher else "a local teacher"
+        return ModelCard.from_template(
+            ModelCardData(**settings, **({"metrics": self.metrics} if self.metrics else {}), **known),
+            template_path=str(TEMPLATES / "training_card.md"),
+            marker=MARKER,
+            name=self.name,
+            layers=self.config.num_hidden_layers,
+            exit_layers=", ".join(map(str, self.config.exit_layers)),
+            parameters=f"{self.parameters:,}",
+            teacher=f", with {linked} as its teacher" if self.teacher is not None else "",
+            use=how_to_use(self.name, self.config),
+            exit_table=self.exit_table(),
+            step=f"{self.evaluation.get('step', 0):,}",
+            training=self.training,
+        )
+
+    def exit_table(self) -> str:
+        """A line per exit, a column per metric; empty if nothing was logged."""
+        if not self.metrics:
+            return ""
+        flops = cumulative_flops(self.config, PAPER_SEQ_LENGTH)
+        lines = [
+            [
+                *(str(layer), f"{flops[layer - 1] / 1e6:,.1f}M"),
+                *(f"{self.evaluation[f'eval_exit_{layer}_{metric}']:.4f}" for metric in self.metrics),
+            ]
+            for layer in self.config.exit_layers
+        ]
+        return markdown_table(["exit after layer", f"FLOPs, {PAPER_SEQ_LENGTH} tokens", *self.metrics], lines)
+
+
+def public_name(name: str | None) -> str | None:
+    """A name that the Hub could know; `None` for a folder here, a path, or nothing.
+
+    >>> public_name("org/bert"), public_name("/home/me/bert"), public_name("")
+    ('org/bert', None, None)
+    """
+    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def how_to_use(name: str, config: CostEffConfig, pair: bool = False) -> str:
+    """The three ways to load and ask the model."""
+    return (
+        (TEMPLATES / "use.md")
+        .read_text(encoding="utf-8")
+        .rstrip()
+        .format(
+            name=name,
+            example='"a text", "and its pair"' if pair else '"a text"',
+            early_exit="0.5" if config.exit_config is None else "True",
+        )
+    )
+
+
+def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
+
+
+def table_text(name: str) -> str:
+    """A name as it may stand in a Markdown table, whatever it holds.
+
+    >>> table_text("<b>a</b>")
+    '&lt;b&gt;a&lt;/b&gt;'
+    """
+    return escape(" ".join(name.split()), quote=False).replace("|", "\\|")
+
+
 def describe_calibration(seen: dict[str, Any]) -> str:
     """What the exit settings were chosen for, what was seen, and what is promised, if anything.
 
@@ -181,31 +326,31 @@ def describe_calibration(seen: dict[str, Any]) -> str:
     promise = seen.get("promise")
     if promise is None:
         return f"{text} That was seen on these rows; nothing is promised for others."
-    losses = {
-        "max_accuracy_drop": "full depth is right and the early answer wrong",
-        "max_disagreement": "the early answer differs from that of full depth",
-    }
-    return (
-        f"{text} Promised for new rows of the same kind, with probability {1 - promise['delta']:g}: for at most "
-        f"{promise['epsilon']:.2%} of them {losses[promise['loss']]}. It was tested on {promise['rows']:,} rows, of "
-        f"which {promise['flips']:,} lost."
-    )
+    return f"{text} {describe_promise(promise)}"
 
 
-def write_model_card(folder: str | Path, name: str) -> None:
+def write_model_card(folder: str | Path, name: str, license: str | None = None) -> None:
     """Write the card of a model folder, unless somebody has written one.
 
-    A card that this function wrote before is written anew, so that name and exit settings are those of now.
+    A card that this function wrote before is written anew, so that name and exit settings are those of now; its licence
+    stays.
 
     Args:
         folder: A saved model, with the `efficiency.json` of its run or without.
         name: How the model is called where the card will be read.
+        license: The Hub's identifier of a licence, e.g. `apache-2.0`; `None` states none that was not stated before.
+
+    Raises:
+        ValueError: If there is a card that somebody has written, and a licence to put into it.
     """
     folder = Path(folder)
     card = folder / CARD
-    marker = "<!-- written by hf_costeff; remove this line to keep your changes -->"
-    if card.exists() and marker not in card.read_text(encoding="utf-8"):
+    if is_written_by_hand(card):
+        if license is not None:
+            raise ValueError(f"{card} is your own card. Write `license: {license}` into its first lines instead.")
         return
+    if license is None and card.exists():
+        license = ModelCard.load(card).data.license
     report = folder / "efficiency.json"
     if report.exists():
         config = CostEffConfig.from_pretrained(folder)
@@ -213,4 +358,5 @@ def write_model_card(folder: str | Path, name: str) -> None:
         written = CompressionCard(name, json.loads(report.read_text(encoding="utf-8")), config, chart).render()
     else:
         written = plain_card(name, folder)
-    card.write_text(f"{str(written).rstrip()}\n\n{marker}\n", encoding="utf-8")
+    written.data.license = license
+    card.write_text(f"{str(written).rstrip()}\n", encoding="utf-8")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +14,16 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_costeff import CostEffConfig
-from .exit_criteria import REGRESSION, ExitConfig, probabilities
+from .encoder_layers import CostEffEmbeddings, CostEffLayer, eager_attention
+from .exit_criteria import ExitConfig, probabilities
 from .exit_heads import EXIT_HEAD_CLASSES, EXIT_POOLING_FUNCTIONS
-from .exiting_rows import ExitingRows
+from .exiting_rows import ExitPlan, LeavingRows, RunningRows, ends_and_counts, host_index, pick
 from .hub import push_folder, write_card
 from .promises import warn_if_void
 
@@ -102,189 +100,6 @@ class ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Plain softmax attention, returning its weights.
-
-    Args:
-        module: The attention module, asked whether it trains.
-        query: Shape (batch, heads, seq, head_size); key and value alike.
-        key: See query.
-        value: See query.
-        attention_mask: Additive, broadcastable to (batch, heads, seq, seq); `None` where nothing is padded.
-        scaling: Factor on the scores.
-        dropout: Probability on the weights while training.
-        **kwargs: Ignored; other attention functions take more.
-
-    Returns:
-        Context of shape (batch, seq, heads, head_size), and weights of shape (batch, heads, seq, seq).
-    """
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-def linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer of any width, 0 included, without torch's warning that an empty matrix needs no values."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        return nn.Linear(in_features, out_features)
-
-
-class CostEffEmbeddings(nn.Module):
-    """Word (factorised or not), position and token-type embeddings, summed and normalised."""
-
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        embedding_rank: int | None,
-        max_position_embeddings: int,
-        position_offset: int,
-        type_vocab_size: int,
-        pad_token_id: int | None,
-        layer_norm_eps: float,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(vocab_size, embedding_rank or hidden_size, padding_idx=pad_token_id)
-        self.projection = None if embedding_rank is None else nn.Linear(embedding_rank, hidden_size, bias=False)
-        self.position_embeddings = nn.Embedding(max_position_embeddings, hidden_size)
-        self.token_type_embeddings = nn.Embedding(type_vocab_size, hidden_size) if type_vocab_size else None
-        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.dropout = nn.Dropout(dropout)
-        self.position_offset = position_offset
-        self.pad_token_id = pad_token_id or 0
-
-    def position_ids(self, input_ids: Tensor | None, seq_length: int, device: torch.device) -> Tensor:
-        """Positions, shape (batch or 1, seq): 0, 1, 2, ..., or RoBERTa's count of the non-padding tokens."""
-        longest = self.position_embeddings.num_embeddings - self.position_offset
-        if seq_length > longest:
-            raise ValueError(
-                f"The input has {seq_length} tokens and the position table ends at {longest}. "
-                f"Truncate: tokenizer(..., truncation=True, max_length={longest})."
-            )
-        if not self.position_offset or input_ids is None:
-            return torch.arange(self.position_offset, self.position_offset + seq_length, device=device)[None]
-        real = input_ids.ne(self.pad_token_id).long()
-        return (real.cumsum(1) + self.position_offset - 1) * real + self.pad_token_id * (1 - real)
-
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> Tensor:
-        """Embedding output h_0, shape (batch, seq, hidden).
-
-        `input_ids` has shape (batch, seq); `inputs_embeds` is what `word_embeddings` would return, shape (batch, seq,
-        rank or hidden).
-        """
-        embedded = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        width = self.word_embeddings.embedding_dim
-        if embedded.shape[-1] != width:
-            factorised = " (factorised)" if self.projection is not None else ""
-            raise ValueError(
-                f"`inputs_embeds` has width {embedded.shape[-1]}, and this model's word embedding has width {width}"
-                f"{factorised}. Pass model.get_input_embeddings()(input_ids)."
-            )
-        if position_ids is None:
-            position_ids = self.position_ids(input_ids, embedded.shape[1], embedded.device)
-        if self.projection is not None:
-            embedded = self.projection(embedded)
-        embedded = embedded + self.position_embeddings(position_ids)
-        if self.token_type_embeddings is not None:
-            if token_type_ids is None:
-                token_type_ids = position_ids.new_zeros(1, 1)
-            embedded = embedded + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.norm(embedded))
-
-
-class CostEffAttention(nn.Module):
-    """Multi-head self-attention with any number of heads; without heads only the output bias is left."""
-
-    is_causal = False
-
-    def __init__(self, hidden_size: int, num_heads: int, head_size: int, attention_dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_size = head_size
-        self.attention_dropout = attention_dropout
-        self.query_key_value = linear(hidden_size, 3 * num_heads * head_size)
-        self.output = linear(num_heads * head_size, hidden_size)
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, attend: Callable[..., Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mixed values, shape (batch, seq, hidden), and from eager attention its weights (batch, heads, seq, seq)."""
-        if self.num_heads == 0:  # through the empty maps, so that every parameter gets a gradient (DDP insists)
-            return self.output(self.query_key_value(hidden_states)), None
-        batch, seq, _ = hidden_states.shape
-        fused = self.query_key_value(hidden_states).view(batch, seq, 3, self.num_heads, self.head_size)
-        query, key, value = fused.permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.attention_dropout if self.training else 0.0
-        context, weights = attend(
-            self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=dropout
-        )
-        return self.output(context.reshape(batch, seq, -1)), weights
-
-
-class CostEffFeedForward(nn.Module):
-    """Two linear maps around an activation; without neurons only the output bias is left."""
-
-    def __init__(self, hidden_size: int, num_neurons: int, activation: str) -> None:
-        super().__init__()
-        self.intermediate = linear(hidden_size, num_neurons)
-        self.activation = ACT2FN[activation]
-        self.output = linear(num_neurons, hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Shape (batch, seq, hidden) to the same."""
-        return self.output(self.activation(self.intermediate(hidden_states)))
-
-
-class CostEffLayer(GradientCheckpointingLayer):
-    """One post-LN encoder layer."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_size: int,
-        num_neurons: int,
-        activation: str,
-        layer_norm_eps: float,
-        hidden_dropout: float,
-        attention_dropout: float,
-    ) -> None:
-        super().__init__()
-        self.attention = CostEffAttention(hidden_size, num_heads, head_size, attention_dropout)
-        self.attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.feed_forward = CostEffFeedForward(hidden_size, num_neurons, activation)
-        self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.dropout = nn.Dropout(hidden_dropout)
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, attend: Callable[..., Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states of shape (batch, seq, hidden) to the same, and the attention weights if there are any."""
-        attended, weights = self.attention(hidden_states, attention_mask, attend)
-        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
-        transformed = self.feed_forward(hidden_states)
-        return self.feed_forward_norm(hidden_states + self.dropout(transformed)), weights
-
-
 class CostEffPreTrainedModel(PreTrainedModel):
     """Loading, saving and weight initialisation, as every Transformers model has them."""
 
@@ -341,7 +156,12 @@ class CostEffPreTrainedModel(PreTrainedModel):
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradients inside; every module's mode as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
+    training, below = [], [model]
+    while below:  # four times as fast as modules(), which for one short text would be felt
+        module = below.pop()
+        below += [child for child in module._modules.values() if child is not None]
+        if module.training:
+            training.append(module)
     for module in training:
         module.training = False
     try:
@@ -431,12 +251,23 @@ class CostEffModel(CostEffPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         equilibrium = self.config.gradient_equilibrium if gradient_equilibrium is None else gradient_equilibrium
         embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
-        return self._run_layers(
+        hidden_states = [embedded] if output_hidden_states else None
+        attentions: list[Tensor | None] | None = [] if output_attentions else None
+        last_hidden_state, exit_logits = self._run_layers(
             embedded,
             attention_mask,
-            hidden_states=[] if output_hidden_states else None,
-            attentions=[] if output_attentions else None,
+            create_bidirectional_mask(self.config, inputs_embeds=embedded, attention_mask=attention_mask),
+            depths=range(1, self.config.num_hidden_layers + 1),
+            exits=self.config.exit_layers,
+            hidden_states=hidden_states,
+            attentions=attentions,
             equilibrium=equilibrium and torch.is_grad_enabled(),
+        )
+        return CostEffModelOutput(
+            last_hidden_state=last_hidden_state,
+            exit_logits=tuple(exit_logits),
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+            attentions=None if attentions is None else tuple(attentions),
         )
 
     def predict(
@@ -464,20 +295,119 @@ class CostEffModel(CostEffPreTrainedModel):
 
         Raises:
             ValueError: Empty batch, a row of padding only, `early_exit=True` without saved settings, settings that do
-                not fit the model.
+                not fit the model, or logits that are not finite.
+        """
+        plan = self.exit_plan(early_exit)
+        with inference(self):
+            rows: RunningRows | None = self.enter(input_ids, attention_mask, token_type_ids)
+            left = []
+            while rows is not None:
+                leaving, rows = self.advance(rows, plan)
+                left += [] if leaving is None else [leaving]
+            return self.answer(left, plan)
+
+    def exit_plan(self, early_exit: bool | float | ExitConfig | None = None) -> ExitPlan:
+        """What `predict(early_exit=...)` means for this model: which exits are asked, and who may leave there.
+
+        Args:
+            early_exit: As for `predict`.
+
+        Raises:
+            ValueError: `early_exit=True` without saved settings, or settings that do not fit the model.
         """
         settings = ExitConfig.resolve(early_exit, self.config.exit_config)
+        plan = ExitPlan.make(settings, self.config.exit_layers, self.config.resolved_problem_type)
+        warn_if_void(self, None if settings is None else settings.calibration)
+        return plan
+
+    @torch.inference_mode()
+    def enter(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> RunningRows:
+        """Rows at the bottom of the model, embedded and cropped to the longest. Call it inside [`inference`].
+
+        Args:
+            input_ids: Token indices, shape (batch, seq).
+            attention_mask: 1 for real tokens, 0 for padding, shape (batch, seq); `None` means no padding.
+            token_type_ids: Segment indices, shape (batch, seq); `None` means all 0.
+            numbers: The caller's number of each row, by which answers are ordered; `None` counts from 0.
+
+        Raises:
+            ValueError: Empty batch, or a row of padding only.
+        """
         if input_ids is None or input_ids.dim() != 2 or 0 in input_ids.shape:
             found = "None" if input_ids is None else f"of shape {tuple(input_ids.shape)}"
             raise ValueError(f"`input_ids` is {found}. predict needs a non-empty (batch, seq).")
-        rows = self._exiting_rows(settings, input_ids, attention_mask)
-        warn_if_void(self, None if settings is None else settings.calibration)
-        with inference(self):
-            longest = rows.longest
-            types = None if token_type_ids is None else token_type_ids[:, :longest]
-            padding_mask = None if attention_mask is None else attention_mask[:, :longest]
-            self._run_layers(self._embed(input_ids[:, :longest], types, None, None), padding_mask, rows=rows)
-            return self._prediction(rows)
+        ends, counts = ends_and_counts(attention_mask, *input_ids.shape)
+        columns = max(ends)
+        types = None if token_type_ids is None else token_type_ids[:, :columns]
+        return RunningRows(
+            numbers=list(range(len(ends)) if numbers is None else numbers),
+            ends=ends,
+            counts=counts,
+            hidden_states=self._embed(input_ids[:, :columns], types, None, None),
+            padding_mask=None if attention_mask is None else attention_mask[:, :columns],
+        )
+
+    @torch.inference_mode()  # a short text alone feels what autograd costs per operation, even when it is off
+    def advance(self, rows: RunningRows, plan: ExitPlan) -> tuple[LeavingRows | None, RunningRows | None]:
+        """Run rows on to the plan's next stop and ask who leaves there. Call it inside [`inference`].
+
+        Args:
+            rows: Rows that have come equally far; used up.
+            plan: From [`exit_plan`].
+
+        Returns:
+            Who left and who goes on, `None` where nobody does.
+
+        Raises:
+            ValueError: If logits are not finite.
+        """
+        stop = plan.next_stop(rows.depth)
+        if rows.attention_mask is None and rows.padded:
+            rows.attention_mask = create_bidirectional_mask(
+                self.config,
+                inputs_embeds=rows.hidden_states,
+                attention_mask=rows.padding_mask,
+                allow_is_bidirectional_skip=False,  # the host knows that there is padding; looking would wait
+            )
+        rows.hidden_states, (logits,) = self._run_layers(
+            rows.hidden_states,
+            rows.padding_mask,
+            rows.attention_mask,
+            depths=range(rows.depth + 1, stop + 1),
+            exits=[stop],
+        )
+        rows.depth = stop
+        return rows.leave(plan, logits)
+
+    def answer(self, left: Sequence[LeavingRows], plan: ExitPlan) -> CostEffPrediction:
+        """What rows answered, in the order of their numbers.
+
+        Args:
+            left: Rows that left, at least one.
+            plan: The plan they ran under.
+        """
+        numbers = [number for rows in left for number in rows.numbers]
+        logits = torch.cat([rows.logits for rows in left])
+        scaled = torch.cat([plan.scaled(rows.logits, rows.exit_layer) for rows in left])
+        layers = [rows.exit_layer for rows in left for _ in rows.numbers]
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        if order != list(range(len(numbers))):
+            index, layers = host_index(order, logits.device), pick(layers, order)
+            logits, scaled = logits[index], scaled[index]
+        chances = probabilities(scaled, plan.problem_type)
+        confidence = {
+            "single_label_classification": lambda: chances.amax(-1),
+            "multi_label_classification": lambda: torch.maximum(chances, 1 - chances).amin(-1),
+            "regression": lambda: None,
+        }[plan.problem_type]()
+        exit_layer = host_index(layers, logits.device)
+        return CostEffPrediction(logits=logits, exit_layer=exit_layer, probabilities=chances, confidence=confidence)
 
     def _embed(
         self,
@@ -494,87 +424,31 @@ class CostEffModel(CostEffPreTrainedModel):
         self,
         hidden: Tensor,
         padding_mask: Tensor | None,
+        attention_mask: Any,
         *,
-        rows: ExitingRows | None = None,
+        depths: range,
+        exits: Collection[int],
         hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor | None] | None = None,
         equilibrium: bool = False,
-    ) -> CostEffModelOutput:
-        """The one loop. Without `rows` all exits are computed; with `rows` only those they ask for, and rows leave."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The one loop: `depths` (1-based) run in order, the exits among them that are in `exits` answer."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        mask = self._attention_mask(hidden, padding_mask, rows)
         exit_logits: list[Tensor] = []
-        exits_ahead = len(self.config.exit_layers)
-        if hidden_states is not None:
-            hidden_states.append(hidden)
-        for depth, layer in enumerate(self.layers, start=1):
+        for depth in depths:
             # Equilibrium: with m exits at or after a layer, x m into it and x 1/m out of it leave it the mean gradient.
+            exits_ahead = len(exits) - len(exit_logits)
             inward = ScaleGradient.apply(hidden, exits_ahead) if equilibrium and depth > 1 else hidden
-            hidden, weights = layer(inward, mask, attend)
+            hidden, weights = self.layers[depth - 1](inward, attention_mask, attend)
             if equilibrium:
                 hidden = ScaleGradient.apply(hidden, 1 / exits_ahead)
             if hidden_states is not None:
                 hidden_states.append(hidden)
             if attentions is not None:
                 attentions.append(weights)
-            if str(depth) not in self.exits:
-                continue
-            exits_ahead -= 1
-            if rows is None:
+            if depth in exits:
                 exit_logits.append(self.exits[str(depth)](hidden, padding_mask))
-            elif depth in rows.evaluated:
-                survivors = rows.leave(depth, self.exits[str(depth)](hidden, padding_mask))
-                if survivors is None:
-                    continue
-                if len(survivors) == 0:
-                    break
-                hidden = hidden[survivors, : rows.longest]
-                padding_mask = None if padding_mask is None else padding_mask[survivors, : rows.longest]
-                mask = self._attention_mask(hidden, padding_mask, rows)
-        return CostEffModelOutput(
-            last_hidden_state=hidden,
-            exit_logits=tuple(exit_logits),
-            hidden_states=None if hidden_states is None else tuple(hidden_states),
-            attentions=None if attentions is None else tuple(attentions),
-        )
-
-    def _attention_mask(self, hidden: Tensor, padding_mask: Tensor | None, rows: ExitingRows | None) -> Any:
-        """What the attention function takes; `rows` know on the host whether anything is padded."""
-        if rows is None:
-            return create_bidirectional_mask(self.config, inputs_embeds=hidden, attention_mask=padding_mask)
-        if not rows.padded:
-            return None
-        return create_bidirectional_mask(
-            self.config, inputs_embeds=hidden, attention_mask=padding_mask, allow_is_bidirectional_skip=False
-        )
-
-    def _exiting_rows(
-        self, settings: ExitConfig | None, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> ExitingRows:
-        layers = self.config.exit_layers
-        if settings is None:
-            return ExitingRows(None, [], layers, input_ids, attention_mask)
-        if settings.checked_exits is not None and (stray := set(settings.checked_exits) - set(layers)):
-            raise ValueError(f"`checked_exits` names layers without an exit: {sorted(stray)}. Exits: {layers}.")
-        criterion = settings.build_criterion(len(layers), self.config.resolved_problem_type)
-        checked = [layer for layer in layers if settings.is_checked(layer)]
-        return ExitingRows(criterion, checked, layers, input_ids, attention_mask)
-
-    def _prediction(self, rows: ExitingRows) -> CostEffPrediction:
-        logits, exit_layer = rows.answers()
-        problem_type = self.config.resolved_problem_type
-        scaled = logits
-        if rows.criterion is not None and problem_type != REGRESSION:
-            temperatures = logits.new_tensor(rows.criterion.temperatures)
-            exits = torch.bucketize(exit_layer, exit_layer.new_tensor(self.config.exit_layers))
-            scaled = logits / temperatures[exits].unsqueeze(-1)
-        chances = probabilities(scaled, problem_type)
-        confidence = {
-            "single_label_classification": lambda: chances.amax(-1),
-            "multi_label_classification": lambda: torch.maximum(chances, 1 - chances).amin(-1),
-            "regression": lambda: None,
-        }[problem_type]()
-        return CostEffPrediction(logits=logits, exit_layer=exit_layer, probabilities=chances, confidence=confidence)
+        return hidden, exit_logits
 
 
 class CostEffForSequenceClassification(CostEffPreTrainedModel):

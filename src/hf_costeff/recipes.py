@@ -52,6 +52,7 @@ class Recipe:
         importance_rows: Training rows an importance pass looks at, at most; `None` for all.
         representation: Recovery on hidden states alone.
         prediction: Recovery on predictions and hidden states together.
+        token_replacement_rate: Of the texts in that phase, see [`CostEffTrainingArguments`].
         exit_pooling: What the exits look at, see [`CostEffConfig`].
         batch_size: Rows per optimizer step.
     """
@@ -67,6 +68,7 @@ class Recipe:
     importance_rows: int | None
     representation: Phase
     prediction: Phase
+    token_replacement_rate: float
     exit_pooling: str
     batch_size: int = 32
 
@@ -90,6 +92,7 @@ def fast_recipe(rows: int, num_attention_heads: int) -> Recipe:
         importance_rows=640,
         representation=Phase(1, 3e-4, min_steps=300, max_steps=2000),
         prediction=Phase(3, 3e-4, min_steps=1500, max_steps=10_000),
+        token_replacement_rate=0.15,
         exit_pooling="mean",
     )
 
@@ -133,6 +136,7 @@ def paper_recipe(rows: int, num_attention_heads: int) -> Recipe:
         importance_rows=None,
         representation=Phase(representation, 3e-5),
         prediction=Phase(prediction, 2e-5),
+        token_replacement_rate=0.0,
         exit_pooling="cls",
     )
 

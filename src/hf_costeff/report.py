@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from .calibration import ExitOutcome
 from .charts import draw_pareto_chart
 from .compression_args import CompressionPlan
 from .evaluation import ReportRow, format_table
+from .exit_replay import ExitOutcome
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts:
 def without_folders(value: Any) -> Any:
     """An absolute path as `./name`; anything else as it is.
 
-    >>> without_folders("/home/someone/teacher"), without_folders("org/teacher"), without_folders(3)
+    >>> without_folders("/teacher"), without_folders("org/teacher"), without_folders(3)
     ('./teacher', 'org/teacher', 3)
     """
     is_path = isinstance(value, str) and Path(value).is_absolute()

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy
 from transformers.utils import logging
 
+from .augmentation import replace_tokens
 from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig
+from .efficiency import count_parameters
 from .hub import push_folder, write_card
 from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
 from .metrics import compute_metrics as default_metrics
+from .model_card import TrainingCard
 from .modeling_costeff import CostEffForSequenceClassification
 from .training_args import CostEffTrainingArguments
 
@@ -117,7 +122,8 @@ class CostEffTrainer(ResumableTrainer):
         **kwargs: Everything else upstream's `Trainer` takes.
 
     Raises:
-        ValueError: If teacher and student disagree in labels, or in hidden width while representations are trained.
+        ValueError: If teacher and student disagree in labels, or in hidden width while representations are trained; if
+            tokens are to be replaced without a teacher or a tokenizer, or beside true labels.
     """
 
     loss_is_scaled_for_ga = False  # every part is a mean over its batch
@@ -137,6 +143,9 @@ class CostEffTrainer(ResumableTrainer):
             raise TypeError(
                 f"`model` is {type(model).__name__}, not a multi-exit model. Convert it: convert_from_stock(model)."
             )
+        if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            logger.warning("Pushes while training would carry pickles, so `hub_strategy` is set to 'end'.")
+            args.hub_strategy = HubStrategy.END
         super().__init__(model, args, compute_metrics=self._metrics_of_every_exit, **kwargs)
         config = self.model.config
         self.metrics_of_one_exit = compute_metrics or self._default_metrics
@@ -154,8 +163,21 @@ class CostEffTrainer(ResumableTrainer):
                 )
         if args.class_weights is not None and len(args.class_weights) != config.num_labels:
             raise ValueError(f"`class_weights` has {len(args.class_weights)} entries for {config.num_labels} labels.")
+        if args.token_replacement_rate:
+            self._check_token_replacement()
         self._logged_parts: dict[str, Tensor] = {}
         self._logged_steps = 0
+
+    def _check_token_replacement(self) -> None:
+        if self.teacher is None or self.loss_weights["task_loss"]:
+            raise ValueError(
+                "A text with replaced tokens has no true label. Set `token_replacement_rate` to 0, or pass `teacher=` "
+                "and leave `task_weight` at 0."
+            )
+        if self.processing_class is None:
+            raise ValueError(
+                "`token_replacement_rate` needs to know the special tokens. Pass the tokenizer: `processing_class=`."
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As [`ResumableTrainer.train`]; exit settings saved in the model are dropped, being those of other weights."""
@@ -169,40 +191,72 @@ class CostEffTrainer(ResumableTrainer):
     def push_to_hub(
         self,
         commit_message: str = "End of training",
+        blocking: bool = True,
         token: str | bool | None = None,
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> CommitInfo | None:
+    ) -> CommitInfo | Future[CommitInfo] | None:
         """Save and push the model with its tokenizer and card; no pickles, unlike upstream's.
+
+        The card tells the last evaluation, exit by exit. One that you have written, in the folder or on the Hub, stays.
 
         Args:
             commit_message: First line of the commit.
+            blocking: Whether to wait until all has arrived; if not, do so with `result()` of what is returned.
             token: Access token; `None` takes that of the arguments, then the one you are logged in with.
             revision: Branch; `None` takes that of the arguments, then `main`.
             private: Whether a new repository is private; `None` takes that of the arguments.
-            **kwargs: Ignored: upstream's `blocking`, and what it would write into its own card.
+            **kwargs: For the card, as upstream's: `license`, `language`, `tags`, `finetuned_from`, `dataset`; what else
+                upstream would write into its own is ignored.
 
         Returns:
-            The commit; `None` in a process that does not save.
+            The commit, or with `blocking=False` a future of it; `None` in a process that does not save.
         """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         folder = Path(self.args.output_dir)
         repo_id = self.args.hub_model_id or folder.resolve().name
-        write_card(folder, repo_id, origin="", token=token or self.args.hub_token)
-        return push_folder(
+        token = self.args.hub_token if token is None else token
+        revision = revision or self.args.hub_revision
+        tags = [kwargs["tags"]] if isinstance(kwargs.get("tags"), str) else kwargs.get("tags")
+        card = self._card(repo_id, kwargs)
+        write_card(folder, repo_id, origin="", token=token, revision=revision, tags=tags, otherwise=card)
+        push = partial(
+            push_folder,
             folder,
             repo_id,
             commit_message=commit_message,
             private=self.args.hub_private_repo if private is None else private,
-            token=token or self.args.hub_token,
-            revision=revision or getattr(self.args, "hub_revision", None),
+            token=token,
+            revision=revision,
         )
+        return push() if blocking else HfApi().run_as_future(push)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upstream's pushes while training carry pickles; ours wait for the end."""
+    def _card(self, repo_id: str, stated: dict[str, Any]) -> ModelCard:
+        evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_exit_") for key in entry)]
+        weights = ", ".join(f"{name} x {weight:g}" for name, weight in self.loss_weights.items() if weight)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        training = (
+            f"{self.state.global_step:,} steps in batches of {rows:,}, "
+            f"learning rate {self.args.learning_rate:g}, seed {self.args.seed}; losses of every exit: {weights}."
+        )
+        datasets = [stated["dataset"]] if isinstance(stated.get("dataset"), str) else stated.get("dataset")
+        return TrainingCard(
+            name=repo_id,
+            config=self.model.config,
+            parameters=count_parameters(self.model),
+            evaluation=evaluations[-1] if evaluations else {},
+            training=training,
+            teacher=None if self.teacher is None else self.teacher.model.name_or_path,
+            metadata={
+                **{key: stated.get(key) for key in ("license", "language")},
+                "base_model": stated.get("finetuned_from"),
+                "datasets": datasets,
+            },
+        ).render()
 
     def compute_loss(
         self,
@@ -213,6 +267,9 @@ class CostEffTrainer(ResumableTrainer):
     ) -> Any:
         """The weighted sum of the loss parts, and the model's outputs if asked for."""
         labels = inputs.pop("labels", None)
+        if model.training and self.args.token_replacement_rate:
+            special_ids = self.processing_class.all_special_ids
+            inputs["input_ids"] = replace_tokens(inputs["input_ids"], special_ids, self.args.token_replacement_rate)
         wants_states = self.loss_weights.get("representation_loss", 0) > 0
         outputs = model(**inputs, output_hidden_states=wants_states)
         parts = self._loss_parts(outputs, inputs, labels, wants_states)

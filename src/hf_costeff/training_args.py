@@ -18,10 +18,13 @@ class CostEffTrainingArguments(TrainingArguments):
         representation_weight: Weight of the teacher's hidden states at all layers; unused without a teacher.
         temperature: Divisor of both logits in the soft-label loss, above 0; the method uses 1.
         representation_only_ratio: Share of the steps, from the start, that train on representations alone, in 0..1.
+        token_replacement_rate: Probability that an ordinary token of a training text is replaced by another of its
+            batch, in 0..1, see [`hf_costeff.augmentation.replace_tokens`]. Teacher and student see the same changed
+            text, so it needs a teacher, the tokenizer as `processing_class`, and no weight on the true labels.
         class_weights: Weight of each class in the task loss, one per label; `None` weighs all alike.
 
     Raises:
-        ValueError: For a weight below 0, a ratio outside 0..1 or a temperature that is not above 0.
+        ValueError: For a weight below 0, a ratio or rate outside 0..1 or a temperature that is not above 0.
     """
 
     task_weight: float | None = field(default=None, metadata={"help": "Weight of the true labels at all exits."})
@@ -31,6 +34,9 @@ class CostEffTrainingArguments(TrainingArguments):
     representation_only_ratio: float = field(
         default=0.0, metadata={"help": "Share of the steps, from the start, on representations alone."}
     )
+    token_replacement_rate: float = field(
+        default=0.0, metadata={"help": "Probability that a token of a training text is replaced."}
+    )
     class_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each class, task loss only."})
 
     def __post_init__(self) -> None:
@@ -39,7 +45,9 @@ class CostEffTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"`{name}` is {value}. A loss weight must be 0 or more.")
-        if not 0 <= self.representation_only_ratio <= 1:
-            raise ValueError(f"`representation_only_ratio` is {self.representation_only_ratio}. It must lie in 0..1.")
+        for name in ("representation_only_ratio", "token_replacement_rate"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"`{name}` is {value}. It must lie in 0..1.")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` is {self.temperature}. It must be above 0; 1 changes nothing.")

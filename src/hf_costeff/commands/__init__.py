@@ -1,10 +1,16 @@
 """The commands of `hf-costeff`, one file each. A new one is a file here and a line in the table."""
 
+from .benchmark import BENCHMARK
 from .calibrate import CALIBRATE
 from .command import Command
 from .compress import COMPRESS
+from .export import EXPORT
+from .predict import PREDICT
 from .push import PUSH
+from .report import REPORT
 
-COMMANDS: dict[str, Command] = {command.name: command for command in (COMPRESS, CALIBRATE, PUSH)}
+COMMANDS: dict[str, Command] = {
+    command.name: command for command in (COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH)
+}
 
 __all__ = ["COMMANDS", "Command"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from ..calibration import describe_seen
 from ..data import DataArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from ..exit_criteria import CRITERIA, ExitConfig
+from ..guarantees import describe_promise
 from .command import Command, load_slim, longest_text, writable_folder
 
 
@@ -100,30 +102,23 @@ def run(wanted: CalibrationArguments, data: DataArguments) -> str:
 
 
 def _limit(settings: ExitConfig) -> str:
-    if settings.criterion == "patience":
-        exits = f"{settings.patience} agreeing exit{'s' if settings.patience != 1 else ''}"
-        return exits if settings.tolerance is None else f"{exits}, tolerance {settings.tolerance:g}"
-    if isinstance(settings.threshold, list):
-        return f"limits {', '.join(f'{limit:g}' for limit in settings.threshold)} (one per exit)"
-    return f"limit {settings.threshold:g}"
+    limits = {"limit": settings.threshold, "patience": settings.patience, "tolerance": settings.tolerance}
+    parts = [f"{name} {_numbers(value)}" for name, value in limits.items() if value is not None]
+    if settings.checked_exits is not None:
+        parts.append(f"exits checked after layers {', '.join(map(str, settings.checked_exits))}")
+    return "; ".join(parts)
 
 
-LOSSES = {
-    "max_accuracy_drop": "accuracy is at most {points:g} points below full depth's",
-    "max_disagreement": "at most {points:g}% of the rows answer otherwise than at full depth",
-}
+def _numbers(value: float | Sequence[float]) -> str:
+    if isinstance(value, (int, float)):
+        return f"{value:g}"
+    return f"{', '.join(f'{number:g}' for number in value)} (one per exit)"
 
 
 def _promise(seen: dict[str, Any]) -> str:
     if reason := seen.get("no_promise"):
         return f" Nobody leaves early, because nothing can be promised. {reason}"
-    if (promise := seen.get("promise")) is None:
-        return ""
-    loss = LOSSES[promise["loss"]].format(points=100 * promise["epsilon"])
-    return (
-        f" Promised for new rows of the same kind, with probability {1 - promise['delta']:g}: {loss} (tested on "
-        f"{promise['rows']} of the rows, of which {promise['flips']} lost; bound {100 * promise['upper_bound']:.2f})."
-    )
+    return f" {describe_promise(seen['promise'])}" if "promise" in seen else ""
 
 
 CALIBRATE = Command(

@@ -19,13 +19,17 @@ class PushArguments:
     token: str | None = field(default=None, metadata={"help": "Access token. Default: the one you are logged in with."})
     revision: str | None = field(default=None, metadata={"help": "Branch, made if it is not there. Default: main."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of writing."})
+    license: str | None = field(
+        default=None,
+        metadata={"help": "The Hub's name of the licence, e.g. apache-2.0, for the card. Default: as stated before."},
+    )
     commit_message: str = field(default="Upload model", metadata={"help": "First line of the commit."})
 
 
 def run(wanted: PushArguments) -> str:
     """Write the card if nobody has written one, push the folder, and say where it is."""
     check_model_folder(wanted.model)
-    write_model_card(wanted.model, wanted.repo_id)
+    write_model_card(wanted.model, wanted.repo_id, wanted.license)
     commit = push_folder(
         wanted.model,
         wanted.repo_id,

@@ -1,0 +1,61 @@
+"""`hf-costeff report`: what early exit costs and whom, on labelled rows, as a page to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..data import DataArguments, make_collator, prepare_split
+from ..evaluation import collect_exit_logits
+from ..exit_replay import stored_settings
+from ..exit_report import write_exit_report
+from ..metrics import check_metric, default_metric
+from .command import Command, load_slim, longest_text
+
+
+@dataclass
+class ReportArguments:
+    """Which model, on which rows, and where the page goes."""
+
+    model: str = field(metadata={"help": "A multi-exit model with exit settings: a local folder or a Hub id."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split of labelled rows to report on. Not needed with a file."}
+    )
+    output_dir: str = field(
+        default="exit_report",
+        metadata={"help": "Folder of the page and its charts. Not the model's: the page may quote your texts."},
+    )
+    metric: str | None = field(default=None, metadata={"help": "Metric to show. Default: by problem type."})
+    markdown: bool = field(default=False, metadata={"help": "Write Markdown instead of HTML."})
+    texts: bool = field(default=True, metadata={"help": "Quote the texts whose answer changes."})
+
+
+def run(wanted: ReportArguments, data: DataArguments) -> str:
+    """Run the model over the rows at all exits, write the page, and say where it is."""
+    folder = Path(wanted.output_dir)
+    if wanted.texts and Path(wanted.model).resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise ValueError(
+            f"--output_dir {wanted.output_dir} lies in the model's folder, which may be pushed, and the report quotes "
+            "texts of your data. Name another folder, or give --no_texts."
+        )
+    split = wanted.split or ("validation" if data.validation_file else None)
+    if split is None:
+        raise ValueError("No rows to report on are named. Give --split or --validation_file.")
+    model, tokenizer = load_slim(wanted.model)
+    stored_settings(model.config)  # before the model runs over all rows
+    metric = wanted.metric or default_metric(model.config.resolved_problem_type)
+    check_metric(metric, model.config.resolved_problem_type)
+    rows = prepare_split(data, split, tokenizer, config=model.config, max_positions=longest_text(model.config))
+    records = collect_exit_logits(model, rows, make_collator(tokenizer))
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in rows["input_ids"] if wanted.texts]
+    page = write_exit_report(records, model.config, metric, folder, texts=texts or None, markdown=wanted.markdown)
+    return f"The report is in {page}."
+
+
+REPORT = Command(
+    "report",
+    "show what early exit costs and whom, on labelled rows",
+    (ReportArguments, DataArguments),
+    run,
+    first="model",
+)

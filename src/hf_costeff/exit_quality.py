@@ -1,0 +1,216 @@
+"""What every exit is worth on labelled rows, what early exit costs whom, and how sure the speed-accuracy curve is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from .class_outcomes import ClassOutcome
+from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers, decision_log_probabilities, spread
+from .exit_replay import ExitReplay
+from .metrics import METRICS
+
+BINS = 10
+CURVE_POINTS = 25
+RESAMPLES = 200
+LENGTH_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Decisions of about the same confidence.
+
+    Args:
+        confidence: Their mean confidence, a fraction.
+        accuracy: The share of them that is right.
+        count: How many there are.
+    """
+
+    confidence: float
+    accuracy: float
+    count: int
+
+
+@dataclass(frozen=True)
+class ExitQuality:
+    """One exit, on labelled rows. What needs probabilities is `None` or empty for regression.
+
+    Args:
+        layer: 1-based layer after which it stands.
+        metric: The task metric if all rows left here.
+        share: Share of the rows that leave here under the exit settings.
+        before: Reliability at temperature 1, least confident first.
+        after: Reliability at the temperature of the exit settings.
+        discrimination: Chance that a right decision is more confident than a wrong one (area under the ROC curve; the
+            difficulty inversion score of CascadeBERT, Li et al. 2021). `None` where all are right or all are wrong.
+    """
+
+    layer: int
+    metric: float
+    share: float
+    before: list[ReliabilityBin]
+    after: list[ReliabilityBin]
+    discrimination: float | None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Exit settings on the speed-accuracy curve.
+
+    Args:
+        flops_per_row: Mean FLOPs of a row at its own length.
+        mean_exit_layer: Mean 1-based layer at which rows leave.
+        metric: The task metric.
+        low: 2.5th percentile of the metric over samples drawn from the rows with replacement.
+        high: 97.5th percentile.
+    """
+
+    flops_per_row: float
+    mean_exit_layer: float
+    metric: float
+    low: float
+    high: float
+
+
+def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    """Mean gap of confidence and accuracy over the bins, weighted by their decisions (Guo et al. 2017, equation 5).
+
+    Example:
+        >>> expected_calibration_error([ReliabilityBin(0.5, 0.5, 1), ReliabilityBin(0.75, 0.25, 3)])
+        0.375
+    """
+    return sum(part.count * abs(part.confidence - part.accuracy) for part in bins) / sum(part.count for part in bins)
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> list[ReliabilityBin]:
+    """Decisions in ten bins of equal width over 0..1; empty bins are left out.
+
+    Args:
+        confidence: Of each decision, a fraction, shape (decisions,).
+        right: Whether it is right, shape (decisions,).
+
+    Example:
+        >>> for part in reliability(np.array([0.5, 0.75, 0.75]), np.array([True, True, False])):
+        ...     print(part)
+        ReliabilityBin(confidence=0.5, accuracy=1.0, count=1)
+        ReliabilityBin(confidence=0.75, accuracy=0.5, count=2)
+    """
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    parts = ((confidence[bins == number], right[bins == number]) for number in np.unique(bins))
+    return [ReliabilityBin(float(sure.mean()), float(good.mean()), len(sure)) for sure, good in parts]
+
+
+def exit_qualities(replay: ExitReplay, settings: ExitConfig, metric: str) -> list[ExitQuality]:
+    """Every exit, shallow first.
+
+    Args:
+        replay: Labelled rows.
+        settings: Exit settings, for their temperatures and for the share of rows.
+        metric: See `hf_costeff.metrics.METRICS`.
+    """
+    records, shares = replay.records, replay.at(settings).exit_shares
+    labels, layers = records.known_labels(), replay.config.exit_layers
+    temperatures = spread("temperatures", settings.temperatures, len(layers))
+    found = []
+    for exit, (layer, temperature) in enumerate(zip(layers, temperatures, strict=True)):
+        logits = records.logits[:, exit]
+        value = METRICS[replay.problem_type][metric](logits.numpy(), labels)
+        if replay.problem_type == REGRESSION:
+            found.append(ExitQuality(layer, value, shares[exit], [], [], None))
+            continue
+        (before, right, _), (after, _, odds) = (
+            _decisions(scaled, labels, replay.problem_type) for scaled in (logits, logits / temperature)
+        )
+        area = None if right.all() or not right.any() else float(roc_auc_score(right, odds))
+        bins = [reliability(confidence, right) for confidence in (before, after)]
+        found.append(ExitQuality(layer, value, shares[exit], bins[0], bins[1], area))
+    return found
+
+
+def _decisions(logits: Tensor, labels: np.ndarray, problem_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence, rightness and log-odds of every decision, shape (decisions,) each: one per row, or per row and label.
+
+    The log-odds order decisions as the confidence does, and tell very sure ones apart that are all 1 as probabilities.
+    """
+    chances = decision_log_probabilities(logits.double(), problem_type)
+    truth = labels > 0.5 if problem_type == MULTI_LABEL else labels[:, None]
+    best, answered = chances.max(-1)
+    others = chances.scatter(-1, answered.unsqueeze(-1), -torch.inf).logsumexp(-1)
+    right = (answered.numpy() == truth).ravel()
+    return best.exp().numpy().ravel(), right, (best - others).numpy().ravel()
+
+
+def curve_with_bands(replay: ExitReplay, path: Sequence[ExitConfig], metric: str, seed: int = 0) -> list[CurvePoint]:
+    """The speed-accuracy curve along a path, with a 95% interval at each point (percentile bootstrap).
+
+    The intervals hold point by point, not for the curve as a whole.
+
+    Args:
+        replay: Labelled rows.
+        path: Settings from careful to bold; at most 25 that differ in FLOPs are shown, evenly spread.
+        metric: See `hf_costeff.metrics.METRICS`.
+        seed: Of the resampling.
+    """
+    by_flops = {exits.mean_flops: exits for exits in map(replay.at, path)}
+    distinct = [by_flops[flops] for flops in sorted(by_flops)]
+    shown = [distinct[i] for i in np.unique(np.linspace(0, len(distinct) - 1, CURVE_POINTS).round().astype(int))]
+    function, labels = METRICS[replay.problem_type][metric], replay.records.known_labels()
+    generator = np.random.default_rng(seed)
+    draws = [generator.integers(0, len(labels), len(labels)) for _ in range(RESAMPLES)]
+    points = []
+    for exits in shown:
+        logits = exits.logits.numpy()
+        low, high = np.percentile([function(logits[rows], labels[rows]) for rows in draws], [2.5, 97.5])
+        value = function(logits, labels)
+        points.append(CurvePoint(exits.mean_flops, exits.mean_exit_layer, value, float(low), float(high)))
+    return points
+
+
+def length_outcomes(replay: ExitReplay, settings: ExitConfig) -> list[ClassOutcome]:
+    """What early exit does to short and to long rows: up to four groups of about equal size, shortest first.
+
+    Args:
+        replay: Labelled rows.
+        settings: Exit settings.
+
+    Returns:
+        Outcomes, named by their lengths; empty for regression, where no answer is right or wrong.
+    """
+    if replay.problem_type == REGRESSION:
+        return []
+    exits, lengths = replay.at(settings), replay.records.seq_lengths.numpy()
+    right = [_right(replay, logits) for logits in (replay.full_depth.logits, exits.logits)]
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_GROUPS + 1)[1:-1]))
+    groups = np.searchsorted(edges, lengths, side="left")
+    outcomes = []
+    for group in np.unique(groups):
+        own = groups == group
+        full, early = (float(good[own].mean()) for good in right)
+        shortest, longest = lengths[own].min(), lengths[own].max()
+        name = f"{shortest} tokens" if shortest == longest else f"{shortest} to {longest} tokens"
+        layer = float(exits.exit_layers.numpy()[own].mean())
+        outcomes.append(ClassOutcome(name, int(own.sum()), full, early, layer))
+    return outcomes
+
+
+def _right(replay: ExitReplay, logits: Tensor) -> np.ndarray:
+    same = answers(logits, replay.problem_type).numpy() == replay.records.known_labels()
+    return same.all(-1) if same.ndim == 2 else same
+
+
+def flipped_rows(replay: ExitReplay, settings: ExitConfig) -> list[int]:
+    """Positions of the rows that early exit answers otherwise than full depth; empty for regression.
+
+    Args:
+        replay: The rows; they need no labels.
+        settings: Exit settings.
+    """
+    if replay.problem_type == REGRESSION:
+        return []
+    full, early = (answers(e.logits, replay.problem_type) for e in (replay.full_depth, replay.at(settings)))
+    return torch.nonzero((full != early).flatten(1).any(-1) if full.ndim == 2 else full != early).flatten().tolist()

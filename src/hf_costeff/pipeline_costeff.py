@@ -1,0 +1,45 @@
+"""Upstream's text classification pipeline, with early exit: `pipeline("costeff-classification", model=...)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import TextClassificationPipeline
+from transformers.pipelines.text_classification import ClassificationFunction
+
+from .modeling_costeff import CostEffPrediction
+
+PIPELINE_TASK = "costeff-classification"
+
+
+class CostEffClassificationPipeline(TextClassificationPipeline):
+    """Text classification through `predict`: every answer also says after which layer it left, as `exit_layer`.
+
+    Takes what `pipeline("text-classification")` takes, pairs, `top_k` and `function_to_apply` included, and
+    `early_exit`, when it is made or called; what that means is said at `predict`. Scores are `predict`'s probabilities,
+    after the exit's temperature; a `function_to_apply` is applied to the raw logits.
+    """
+
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        exits = {name: parameters.pop(name) for name in ("early_exit",) if name in parameters}
+        preprocess, forward, postprocess = super()._sanitize_parameters(**parameters)
+        return preprocess, {**forward, **exits}, postprocess
+
+    def _forward(self, model_inputs: dict[str, Tensor], **exits: Any) -> CostEffPrediction:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return self.model.predict(**{name: model_inputs[name] for name in names if name in model_inputs}, **exits)
+
+    def postprocess(
+        self,
+        model_outputs: dict[str, Tensor],
+        function_to_apply: ClassificationFunction | None = None,
+        **settings: Any,
+    ) -> Any:
+        """A dict of label, score and exit layer, or with `top_k` a list of them, best first."""
+        if function_to_apply is None:
+            model_outputs = {**model_outputs, "logits": model_outputs["probabilities"]}
+            function_to_apply = ClassificationFunction.NONE
+        answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, **settings)
+        exit_layer = {"exit_layer": int(model_outputs["exit_layer"][0])}
+        return {**answers, **exit_layer} if isinstance(answers, dict) else [{**row, **exit_layer} for row in answers]

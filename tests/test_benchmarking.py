@@ -1,0 +1,260 @@
+"""What the benchmark measures and says, and which exits it keeps; on models too small for times to mean anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
+from hf_costeff import ExitConfig, benchmarking
+from hf_costeff.benchmarking import (
+    EARLY,
+    FULL,
+    TEACHER,
+    BenchmarkGrid,
+    Measurement,
+    benchmark,
+    choose_exits,
+    expected_ms,
+    format_benchmark,
+    rows_of_length,
+    write_benchmark,
+)
+from hf_costeff.cli import main
+from hf_costeff.data import make_collator
+from hf_costeff.efficiency import mean_flops, stock_flops
+
+SAVED = ExitConfig(threshold=0.5)
+SMALL = BenchmarkGrid(batch_sizes=[1, 4], lengths=[0, 6], rows=8, rounds=2)
+
+
+def slim(**changes: Any) -> Any:
+    return tiny_model(seed=3, exit_config=SAVED.to_dict(), **changes)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Measurement]:
+    return benchmark(slim(), tiny_bert(), token_rows(12), make_collator(word_tokenizer()), SMALL)
+
+
+# --- what is measured
+
+
+def test_every_contender_is_measured_in_every_setting(found):
+    keys = [(one.length, one.batch_size, one.name) for one in found]
+    names = (TEACHER, FULL, EARLY)
+    assert keys == [(length, size, name) for length in (0, 6) for size in (1, 4) for name in names]
+    assert all(one.median_ms <= one.p95_ms <= one.p99_ms and one.texts_per_second > 0 for one in found)
+    assert all(
+        0 < one.peak_share < 1 and one.speedup_quartiles[0] <= one.speedup <= one.speedup_quartiles[1] for one in found
+    )
+
+
+def test_the_teacher_is_the_reference(found):
+    for one in found:
+        if one.name == TEACHER:
+            assert (one.speedup, one.speedup_quartiles, one.flops_ratio) == (1.0, (1.0, 1.0), 1.0)
+
+
+def test_the_flops_ratio_counts_padding_and_executed_exits(found):
+    """Every batch is padded to a multiple of 8 tokens, so rows of 6 run at 8."""
+    model, teacher = slim(), tiny_bert()
+    rows = rows_of_length(token_rows(12), 6, 8)
+    layers = model.predict(torch.tensor([row["input_ids"] for row in rows]), early_exit=True).exit_layer
+    one = next(one for one in found if (one.length, one.batch_size, one.name) == (6, 4, EARLY))
+    assert one.mean_exit_layer == pytest.approx(float(layers.float().mean())) and one.mean_exit_layer < 4
+    expected = stock_flops(teacher.config, 8) / mean_flops(model.config, layers, 8)
+    assert one.flops_ratio == pytest.approx(expected)
+
+
+def test_without_saved_settings_there_is_no_early_exit_to_measure():
+    grid = dataclasses.replace(SMALL, batch_sizes=[2], lengths=[0])
+    model = tiny_model()
+    found = benchmark(model, tiny_bert(), token_rows(4), make_collator(word_tokenizer()), grid)
+    assert [one.name for one in found] == [TEACHER, FULL]
+
+
+def test_models_and_threads_are_left_as_they_were():
+    model = slim().train()
+    before = torch.get_num_threads()
+    grid = BenchmarkGrid(batch_sizes=[2], lengths=[0], threads=[2], precisions=["bfloat16"], rows=2, rounds=2)
+    found = benchmark(model, tiny_bert(), token_rows(4), make_collator(word_tokenizer()), grid)
+    assert {(one.threads, one.precision) for one in found} == {(2, "bfloat16")}
+    assert model.training and model.dtype == torch.float32 and torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("length", [2, 5, 11])
+def test_rows_of_one_length_begin_and_end_as_texts_do(length):
+    rows = [{"input_ids": [2, 10 + n, 20 + n, 3], "attention_mask": [1] * 4} for n in range(3)]
+    made = rows_of_length(token_rows(1).from_list(rows), length, 3)
+    assert all(len(row["input_ids"]) == len(row["attention_mask"]) == length for row in made)
+    assert all(row["input_ids"][0] == 2 and row["input_ids"][-1] == 3 for row in made)
+    if length == 11:
+        assert made[1]["input_ids"] == [2, 11, 21, 2, 12, 22, 2, 10, 20, 2, 3]
+
+
+def test_float16_is_left_out_on_the_cpu():
+    grid = BenchmarkGrid(devices=["cpu", "cuda"], batch_sizes=[1], lengths=[0], threads=[1, 2], precisions=["float16"])
+    assert list(grid.settings()) == [("cuda", "float16", 1, 0, 1)]
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_with_its_own_memory():
+    grid = BenchmarkGrid(devices=["cuda"], batch_sizes=[4], lengths=[0], precisions=["float16"], rows=8, rounds=2)
+    found = benchmark(slim(), tiny_bert(), token_rows(8), make_collator(word_tokenizer()), grid)
+    assert all(0 < one.peak_memory_mb < 1000 for one in found)
+
+
+# --- what is said
+
+
+def measurement(**changes: Any) -> Measurement:
+    one = Measurement(
+        *(FULL, "cpu", "float32", 1, 0, 8), *(2.0, 2.5, 3.0, 4000.0, 3.0, (2.8, 3.2)), *(4.0, 0.25, 6.0, 100.0)
+    )
+    return dataclasses.replace(one, **changes)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "quartiles", "gains"),
+    [(3.0, (2.8, 3.2), True), (1.01, (1.005, 1.02), False), (1.2, (0.9, 1.5), False), (0.8, (0.7, 0.9), False)],
+)
+def test_where_there_is_no_gain_the_table_says_so(speedup, quartiles, gains):
+    one = measurement(speedup=speedup, speedup_quartiles=quartiles)
+    assert one.gains == gains
+    assert ("no gain here" in format_benchmark([one])) == (not gains)
+
+
+def test_the_teacher_is_never_told_that_it_gains_nothing():
+    assert "no gain" not in format_benchmark([measurement(name=TEACHER, speedup=1.0, speedup_quartiles=(1.0, 1.0))])
+
+
+def test_figures_and_charts_are_written(found, tmp_path):
+    table = write_benchmark(found, tmp_path / "new")
+    saved = json.loads((tmp_path / "new" / "benchmark.json").read_text())
+    assert [one["name"] for one in saved["measurements"]] == [one.name for one in found]
+    assert saved["hardware"]["torch"] == torch.__version__
+    assert len(table.splitlines()) == len(found) + 2
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    for name in ("latency_by_batch", "speedup_by_batch"):
+        assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- which exits pay
+
+
+def chosen(monkeypatch, question_ms: float, **settings: Any) -> tuple[Any, ExitConfig]:
+    monkeypatch.setattr(benchmarking, "_times_of_parts", lambda *anything: ([1.0, 1.0, 1.0, 1.0], question_ms))
+    model = tiny_model(seed=3, exit_config={"threshold": 0.5, **settings})
+    return model, choose_exits(model, token_rows(60), make_collator(word_tokenizer()), SMALL)
+
+
+def test_exits_that_cost_nothing_are_all_kept(monkeypatch):
+    assert chosen(monkeypatch, 0.0)[1].checked_exits == [1, 2, 3]
+
+
+def test_exits_that_cost_more_than_the_model_are_all_left_out(monkeypatch):
+    model, kept = chosen(monkeypatch, 100.0, calibration={"rows": 5}, temperatures=2.0)
+    assert kept == ExitConfig(threshold=0.5, checked_exits=[], temperatures=2.0)
+    assert model.config.exit_config == kept.to_dict()
+
+
+@pytest.mark.parametrize("question_ms", [0.1, 0.5, 1.5])
+def test_no_single_exit_more_or_less_would_be_faster(monkeypatch, question_ms):
+    model, kept = chosen(monkeypatch, question_ms)
+    rows = token_rows(60)
+
+    def cost(checked: list[int]) -> float:
+        """By predicting row by row and adding up."""
+        settings, total = ExitConfig(threshold=0.5, checked_exits=checked), 0.0
+        for row in rows:
+            layer = int(model.predict(torch.tensor([row["input_ids"]]), early_exit=settings).exit_layer)
+            total += layer + question_ms * sum(exit <= layer for exit in checked)
+        return total / len(rows)
+
+    best = cost(kept.checked_exits)
+    for left_out in kept.checked_exits:
+        assert cost([layer for layer in kept.checked_exits if layer != left_out]) > best - 1e-9
+    assert best <= cost([1, 2, 3]) + 1e-9
+
+
+def test_only_exits_that_were_checked_before_are_kept(monkeypatch):
+    assert set(chosen(monkeypatch, 0.0, checked_exits=[2])[1].checked_exits) <= {2}
+
+
+def test_time_is_added_up_layer_by_layer():
+    layers = torch.tensor([2, 3, 3])
+    assert expected_ms(layers, [], [1.0, 2.0, 4.0], 9.0) == pytest.approx((3 + 7 + 7) / 3)
+    assert expected_ms(layers, [1, 2], [1.0, 2.0, 4.0], 0.5) == pytest.approx((3 + 7 + 7) / 3 + 1)
+
+
+def test_the_parts_are_really_timed():
+    model = slim()
+    assert set(choose_exits(model, token_rows(8), make_collator(word_tokenizer()), SMALL).checked_exits) <= {1, 2, 3}
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threads": [0]}, "`threads` is .0."),
+        ({"batch_sizes": [8, 0]}, "`batch_sizes` is"),
+        ({"lengths": []}, "`lengths` is"),
+        ({"rounds": 1}, "`rounds` is 1"),
+        ({"rows": 0}, "`rows` is 0"),
+        ({"precisions": ["int4"]}, "`precisions` has .'int4'."),
+    ],
+)
+def test_a_setting_that_cannot_be_measured_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        BenchmarkGrid(**settings)
+
+
+def test_a_length_or_device_that_is_not_there_is_refused():
+    others = (slim(), tiny_bert(), token_rows(4), make_collator(word_tokenizer()))
+    with pytest.raises(ValueError, match="`lengths` has 25 tokens, and the models take 24"):
+        benchmark(*others, BenchmarkGrid(lengths=[25]))
+    with pytest.raises(ValueError, match="Device 'cuda:77' cannot be used here"):
+        benchmark(*others, BenchmarkGrid(devices=["cuda:77"], lengths=[0]))
+
+
+def test_exits_cannot_be_chosen_before_a_threshold():
+    with pytest.raises(ValueError, match="no exit settings"):
+        choose_exits(tiny_model(), token_rows(4), make_collator(word_tokenizer()), SMALL)
+
+
+# --- the command
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    slim(num_labels=2).save_pretrained(tmp_path / "slim")
+    tiny_bert(num_labels=2).save_pretrained(tmp_path / "teacher")
+    word_tokenizer().save_pretrained(tmp_path / "slim")
+    sentence_rows(8).to_json(tmp_path / "rows.jsonl")
+    sizes = ["--batch_sizes", "2", "--lengths", "0", "--rounds", "2", "--rows", "8"]
+    return [str(tmp_path / "slim"), "--validation_file", str(tmp_path / "rows.jsonl"), *sizes]
+
+
+def test_the_command_prints_the_table_and_stores_the_exits(folders, tmp_path, capsys):
+    words = ["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "out"), "--choose_exits"]
+    assert main(["benchmark", *folders, *words]) == 0
+    out = capsys.readouterr().out
+    assert "exits pay" in out and "| slim, early exit |" in out and (tmp_path / "out" / "benchmark.json").exists()
+    assert "checked_exits" in json.loads((tmp_path / "slim" / "config.json").read_text())["exit_config"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "Give --teacher, or --choose_exits"), (["--choose_exits", "--threads", "0"], "`threads`")],
+)
+def test_a_mistake_in_the_call_is_named(folders, capsys, words, message):
+    assert main(["benchmark", *folders, *words]) == 1
+    assert message in capsys.readouterr().err
