@@ -26,14 +26,14 @@ from hf_costeff.benchmarking import (
 )
 from hf_costeff.cli import main
 from hf_costeff.data import make_collator
-from hf_costeff.efficiency import mean_flops, stock_flops
+from hf_costeff.efficiency import full_depth_flops, mean_flops, stock_flops
 
 SAVED = ExitConfig(threshold=0.5)
 SMALL = BenchmarkGrid(batch_sizes=[1, 4], lengths=[0, 6], rows=8, rounds=2)
 
 
 def slim(**changes: Any) -> Any:
-    return tiny_model(seed=3, exit_config=SAVED.to_dict(), **changes)
+    return tiny_model(seed=3, **{"exit_config": SAVED.to_dict(), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,8 @@ def test_the_flops_ratio_counts_padding_and_executed_exits(found):
     assert one.mean_exit_layer == pytest.approx(float(layers.float().mean())) and one.mean_exit_layer < 4
     expected = stock_flops(teacher.config, 8) / mean_flops(model.config, layers, 8)
     assert one.flops_ratio == pytest.approx(expected)
+    full = next(one for one in found if (one.length, one.batch_size, one.name) == (6, 4, FULL))
+    assert full.flops_ratio == pytest.approx(stock_flops(teacher.config, 8) / full_depth_flops(model.config, 8))
 
 
 def test_without_saved_settings_there_is_no_early_exit_to_measure():
@@ -85,6 +87,26 @@ def test_models_and_threads_are_left_as_they_were():
     found = benchmark(model, tiny_bert(), token_rows(4), make_collator(word_tokenizer()), grid)
     assert {(one.threads, one.precision) for one in found} == {(2, "bfloat16")}
     assert model.training and model.dtype == torch.float32 and torch.get_num_threads() == before
+
+
+def test_answers_are_compared_with_those_in_float32(found, monkeypatch):
+    assert {one.agreement for one in found} == {1.0}
+    assert "| 100.0% |" in format_benchmark(found)
+    grid = BenchmarkGrid(batch_sizes=[8], lengths=[0], precisions=["bfloat16"], rows=8, rounds=2)
+    others = (token_rows(8), make_collator(word_tokenizer()), grid)
+    placed = benchmarking.on_device
+
+    def broken(model: Any, device: str, precision: str) -> Any:
+        own = placed(model, device, precision)
+        if precision == "bfloat16" and hasattr(own, "costeff"):
+            own.costeff.exits["4"].classifier.weight.data.neg_()
+        return own
+
+    monkeypatch.setattr(benchmarking, "on_device", broken)
+    shares = {one.name: one.agreement for one in benchmark(slim(), tiny_bert(), *others)}
+    assert shares[TEACHER] > 0.7 and shares[FULL] < 0.5
+    shares = benchmark(slim(num_labels=1, exit_config=None), tiny_bert(num_labels=1), *others)
+    assert {one.agreement for one in shares} == {None}
 
 
 @pytest.mark.parametrize("length", [2, 5, 11])
@@ -114,7 +136,7 @@ def test_a_gpu_is_measured_with_its_own_memory():
 
 def measurement(**changes: Any) -> Measurement:
     one = Measurement(
-        *(FULL, "cpu", "float32", 1, 0, 8), *(2.0, 2.5, 3.0, 4000.0, 3.0, (2.8, 3.2)), *(4.0, 0.25, 6.0, 100.0)
+        *(FULL, "cpu", "float32", 1, 0, 8), *(2.0, 2.5, 3.0, 4000.0, 3.0, (2.8, 3.2)), *(4.0, 0.25, 6.0, 0.99, 100.0)
     )
     return dataclasses.replace(one, **changes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from helpers import sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
-from hf_costeff import ExitConfig, export, export_onnx, predict_texts
+from hf_costeff import ExitConfig, export, export_onnx, onnx_runner, predict_texts
 from hf_costeff.cli import main
 from hf_costeff.commands.export import describe_int8
 from hf_costeff.efficiency import Latency
@@ -67,6 +68,7 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
         ExitConfig(criterion="confidence", threshold=[0.93, 0.9, 0.6, 0.0], temperatures=0.7),
         ExitConfig(criterion="margin", threshold=0.8, checked_exits=[2, 3]),
         ExitConfig(criterion="patience", patience=1),
+        ExitConfig(criterion="patience", patience=1, checked_exits=[1, 3]),
     ],
     ids=str,
 )
@@ -171,7 +173,8 @@ def test_int8_graphs_are_saved_and_answer_nearly_alike(model, tmp_path):
         kinds = {node.op_type for node in graph.node}
         assert kinds & {"MatMulInteger", "DynamicQuantizeLinear"}
         assert any(weight.data_type == onnx.TensorProto.INT8 for weight in graph.initializer)
-        assert all(41 not in weight.dims or weight.data_type == onnx.TensorProto.INT8 for weight in graph.initializer)
+        words = [weight.data_type for weight in graph.initializer if 41 in weight.dims]
+        assert words == [onnx.TensorProto.UINT8] * (file.name == "segment_01.onnx")
     found = Runner(tmp_path, threads=1).predict(TEXTS, False)
     expected = Runner(tmp_path, threads=1).predict(TEXTS, False)
     assert found == expected
@@ -180,6 +183,31 @@ def test_int8_graphs_are_saved_and_answer_nearly_alike(model, tmp_path):
     assert 0 < (scores - exact).abs().max() < 0.1
     loss = done.int8_loss
     assert loss.rows == 30 and loss.agreement > 0.9 and loss.metrics_fp32.keys() == loss.metrics_int8.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "metric"),
+    [
+        ({"problem_type": "multi_label_classification"}, lambda number: [1.0, float(number % 2), 0.0], "f1"),
+        ({"num_labels": 1, "id2label": {0: "value"}}, float, "spearman"),
+    ],
+    ids=["multi-label", "regression"],
+)
+def test_what_int8_changed_is_measured_for_every_problem_type(tmp_path, changes, label, metric):
+    rows = token_rows(20)
+    rows = rows.remove_columns("labels").add_column("labels", [label(number) for number in range(20)])
+    loss = export_onnx(tiny_model(seed=3, **changes), word_tokenizer(), tmp_path, int8=True, rows=rows).int8_loss
+    assert metric in loss.metrics_int8
+    assert loss.agreement is None if metric == "spearman" else 0 < loss.agreement <= 1
+
+
+def test_a_promise_for_the_exact_weights_is_not_made_for_int8(tmp_path):
+    own = slim(exit_config={**SAVED.to_dict(), "calibration": {"rows": 5}})
+    for int8, kept in ((False, {"rows": 5}), (True, None)):
+        export_onnx(own, word_tokenizer(), tmp_path, int8=int8)
+        settings = json.loads((tmp_path / CONFIG).read_text())["exit_config"]
+        assert settings.get("calibration") == kept and settings["threshold"] == SAVED.threshold
+    assert own.config.exit_config["calibration"] == {"rows": 5}
 
 
 def test_int8_without_rows_measures_nothing(model, tmp_path):
@@ -216,6 +244,15 @@ def test_graphs_that_answer_otherwise_are_not_kept(model, folder, tmp_path, monk
     with pytest.raises(ValueError, match=r"differs by|leave after layers"):
         export_onnx(model, word_tokenizer(), tmp_path / "old")
     assert [file.name for file in (tmp_path / "old").iterdir()] == ["notes.txt"]
+
+
+def test_graphs_whose_rows_leave_elsewhere_are_not_kept(model, tmp_path, monkeypatch):
+    entropy = onnx_runner.MEASURES["entropy"]
+    surer = dataclasses.replace(entropy, of=lambda log_probabilities: entropy.of(log_probabilities) / 2)
+    monkeypatch.setitem(onnx_runner.MEASURES, "entropy", surer)
+    with pytest.raises(ValueError, match=r"let rows leave after layers \[1, .* and the model after"):
+        export_onnx(model, word_tokenizer(), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_a_model_or_tokenizer_that_cannot_travel_is_refused(model, tmp_path):

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForSequenceClassification
 
 from helpers import random_batch, tiny_model, word_tokenizer
 from hf_costeff import CostEffConfig, CostEffForSequenceClassification, CostEffModel, ExitConfig
-from hf_costeff.hub import MARKER, copy_report, push_folder, write_card
+from hf_costeff.hub import MARKER, clear_errors, copy_report, push_folder, write_card
 from loopback_hub import READER, TOKEN, LoopbackHub, run_python
 from test_house import SOURCE, siblings
 
@@ -48,7 +51,8 @@ def saved(tmp_path_factory) -> Path:
     for folder in ("stages/assistant", "checkpoint-3"):
         (root / "slim" / folder).mkdir(parents=True)
         (root / "slim" / folder / "config.json").write_text("{}")
-        (root / "slim" / folder / "model.safetensors").write_text("not for the Hub")
+        for name in ("model.safetensors", "modeling_costeff.py", "chat_template.jinja"):
+            (root / "slim" / folder / name).write_text("not for the Hub")
     prediction = model.predict(**INPUTS, early_exit=True)
     assert len(set(prediction.exit_layer.tolist())) > 1
     expected = {"inputs": INPUTS, "exit_layer": prediction.exit_layer, "logits": prediction.logits}
@@ -111,7 +115,7 @@ import json, sys, torch
 name, way, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 if way == "absent":
     sys.modules["hf_costeff"] = None  # any import of it fails
-if way == "imported":
+if way in ("imported", "both"):
     import hf_costeff
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -123,7 +127,7 @@ for auto in (AutoModelForSequenceClassification, AutoModel):
     model, report = auto.from_pretrained(name, output_loading_info=True, **settings)
     assert not any(report.values()), report
     home = type(model).__module__.split(".")[0]
-    assert home == ("hf_costeff" if way == "imported" else "transformers_modules"), home
+    assert home == ("hf_costeff" if way in ("imported", "both") else "transformers_modules"), home
     prediction = model.predict(**expected["inputs"], early_exit=True)
     assert torch.equal(prediction.exit_layer, expected["exit_layer"])
     torch.testing.assert_close(prediction.logits, expected["logits"], rtol=1e-5, atol=1e-5)
@@ -131,7 +135,7 @@ for auto in (AutoModelForSequenceClassification, AutoModel):
         model.save_pretrained(sys.argv[5] + auto.__name__)
 print("answers alike")
 """
-WAYS = ["imported", "absent", "installed"]
+WAYS = ["imported", "absent", "installed"]  # the package, or the code saved with the model; "both": either would do
 
 
 def load(name, way, saved, environment, folder, *save_again, **settings) -> str:
@@ -139,7 +143,7 @@ def load(name, way, saved, environment, folder, *save_again, **settings) -> str:
     return check(run_python(LOAD, environment, folder, *arguments))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "both"])
 def test_a_folder_loads_three_ways_and_so_does_what_is_saved_from_it_again(way, saved, hub, tmp_path):
     offline = hub.environment(tmp_path, HF_HUB_OFFLINE="1")
     assert load(saved / "slim", way, saved, offline, tmp_path, "again-") == "answers alike\n"
@@ -165,6 +169,14 @@ def test_a_pushed_repository_loads_three_ways_then_offline_and_from_where_it_is_
     assert load(again, "absent", saved, offline, tmp_path) == "answers alike\n"
 
 
+def test_code_beside_the_weights_runs_only_where_it_is_trusted(saved, hub, tmp_path):
+    offline = hub.environment(tmp_path, HF_HUB_OFFLINE="1")
+    code = "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"
+    run = run_python(code, offline, tmp_path, saved / "slim")
+    assert run.returncode and "trust_remote_code=True" in run.stderr
+    assert not list(tmp_path.rglob("modeling_costeff.py"))  # nor is it copied to where it would be imported from
+
+
 PUSH = """
 import sys, hf_costeff
 from hf_costeff.hub import push_folder
@@ -185,8 +197,9 @@ from hf_costeff import CostEffTrainer, CostEffTrainingArguments
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForSequenceClassification, AutoTokenizer))
 rows = Dataset.from_list([{"input_ids": [2, 5, 3], "attention_mask": [1, 1, 1], "labels": 1}] * 4)
+steps = {"max_steps": 2, "save_steps": 1, "use_cpu": True, "report_to": "none"}
 arguments = CostEffTrainingArguments(
-    "out", max_steps=2, save_steps=1, use_cpu=True, report_to="none", push_to_hub=True, hub_model_id="org/trained"
+    "out", push_to_hub=True, hub_model_id="org/trained", **steps, **json.loads(sys.argv[3])
 )
 trainer = CostEffTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
 trainer.train()
@@ -215,15 +228,65 @@ model.push_to_hub(sys.argv[2], **settings)
 FILES = {"config.json", "model.safetensors", "README.md", "efficiency.json", ".gitattributes", *CODE}
 
 
+VARIABLE = {"SECRET_OF_MINE": "a-variable-of-the-environment"}
+
+
+def check_secrets(hub: LoopbackHub, *folders: Path) -> None:
+    """No commit of any repository holds the home directory, a folder of the test, a token or a variable."""
+    pushed = b"".join(content for commit in hub.commits.values() for content in commit.values())
+    assert len(pushed) > 10_000
+    secrets = [str(Path.home()), *map(str, folders), TOKEN, READER, *VARIABLE, *VARIABLE.values()]
+    assert [secret for secret in secrets if secret.encode() in pushed] == []
+
+
 def test_a_pushed_folder_is_the_model_and_nothing_else(saved, hub, tmp_path):
-    url = check(run_python(PUSH, hub.environment(tmp_path), tmp_path, saved / "slim", "org/slim")).strip()
+    environment = hub.environment(tmp_path, **VARIABLE)
+    url = check(run_python(PUSH, environment, tmp_path, saved / "slim", "org/slim")).strip()
     files = hub.files("org/slim")
     assert set(files) == {*FILES, "tokenizer.json", "tokenizer_config.json"}
     assert url.startswith(f"{hub.endpoint}/org/slim/commit/")
     assert files["README.md"] == (saved / "slim" / "README.md").read_bytes()
-    everything = b"".join(files.values())
-    for secret in (str(Path.home()), str(saved), TOKEN):
-        assert secret.encode() not in everything
+    check_secrets(hub, saved, tmp_path)
+
+
+OPTIONS = {"commit_message": "First", "commit_description": "And why.", "revision": "v2"}
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+@pytest.mark.parametrize("private", [None, False, True])
+def test_options_reach_the_hubs_own_client_as_they_were_given(create_pr, private, saved, monkeypatch):
+    asked = {}
+
+    class Client:
+        def __init__(self, token):
+            asked["token"] = token
+
+        def create_repo(self, repo_id, **given):
+            asked["repository"] = given
+            return SimpleNamespace(repo_id=f"org/{repo_id}")
+
+        def create_branch(self, repo_id, branch, exist_ok):
+            asked["branch"] = (repo_id, branch)
+
+        def upload_folder(self, **given):
+            asked["upload"] = given
+            return "the commit"
+
+    monkeypatch.setattr("hf_costeff.hub.HfApi", Client)
+    given = {**OPTIONS, "create_pr": create_pr}
+    assert push_folder(saved / "slim", "slim", token="hf_own", private=private, **given) == "the commit"
+    assert asked["token"] == "hf_own" and asked["repository"] == {"private": private, "exist_ok": True}
+    assert asked["upload"].items() >= {**given, "repo_id": "org/slim", "folder_path": saved / "slim"}.items()
+    assert asked.get("branch") == (None if create_pr else ("org/slim", "v2"))  # a pull request is a branch already
+
+
+def test_a_token_given_in_the_call_is_the_one_that_reads_and_writes(saved, hub, tmp_path):
+    hub.repos["org/slim"] = {"private": True, "branches": {}}
+    hub.add_commit("org/slim", "main", {"README.md": b"---\ntags: []\n---\nTheirs.\n"})
+    changed = (saved / "slim", "org/slim", json.dumps({"change": True, "token": TOKEN}))
+    check(run_python(MODEL_PUSH, hub.environment(tmp_path, token=None), tmp_path, *changed))
+    files = hub.files("org/slim")
+    assert "model.safetensors" in files and b"Theirs." in files["README.md"]
 
 
 def test_a_models_own_push_carries_the_card_of_the_folder_it_came_from(saved, hub, tmp_path):
@@ -270,7 +333,7 @@ def test_the_command_pushes_a_folder_and_prints_where(saved, hub, tmp_path):
 
 def test_a_trainer_pushes_model_tokenizer_and_card_and_no_pickle_at_any_time(saved, hub, tmp_path):
     pushes = json.dumps([{"license": "mit", "tags": "film"}])
-    run = run_python(TRAINER_PUSH, hub.environment(tmp_path), tmp_path, saved / "slim", pushes)
+    run = run_python(TRAINER_PUSH, hub.environment(tmp_path, **VARIABLE), tmp_path, saved / "slim", pushes, "{}")
     check(run)
     assert "`hub_strategy` is set to 'end'" in run.stderr
     assert (tmp_path / "out" / "training_args.bin").exists()
@@ -279,19 +342,21 @@ def test_a_trainer_pushes_model_tokenizer_and_card_and_no_pickle_at_any_time(sav
     card = files["README.md"].decode()
     assert "# org/trained" in card and "license: mit" in card and "- film" in card
     assert "| 1 | 0.7M | " in card and "after 2 training steps" in card and "2 steps in batches of 8" in card
-    assert "None" not in card and str(tmp_path) not in card and TOKEN not in card
+    assert "None" not in card
+    check_secrets(hub, saved, tmp_path)
     pushed = {name for commit in hub.commits.values() for name in commit}
     assert not [name for name in pushed if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     assert sum("/commit/" in request for request in hub.requests) == 1  # none while training
 
 
-def test_a_trainer_pushes_in_the_background_and_to_a_branch_whose_card_it_leaves(saved, hub, tmp_path):
-    hub.repos["org/trained"] = {"private": False, "branches": {}}
+def test_a_trainer_pushes_in_the_background_with_its_own_token_to_a_branch_whose_card_it_leaves(saved, hub, tmp_path):
+    hub.repos["org/trained"] = {"private": True, "branches": {}}
     theirs = {name: f"---\ntags: []\n---\nTheirs on {name}.\n".encode() for name in ("main", "draft")}
     for branch, card in theirs.items():
         hub.add_commit("org/trained", branch, {"README.md": card})
-    pushes = json.dumps([{"blocking": False, "revision": "draft"}])
-    out = check(run_python(TRAINER_PUSH, hub.environment(tmp_path), tmp_path, saved / "slim", pushes))
+    words = (json.dumps([{"blocking": False, "revision": "draft"}]), json.dumps({"hub_token": TOKEN}))
+    nobody = hub.environment(tmp_path, token=None)
+    out = check(run_python(TRAINER_PUSH, nobody, tmp_path, saved / "slim", *words))
     assert out.strip().endswith(hub.find("org/trained", "draft"))
     files = hub.files("org/trained", "draft")
     assert "model.safetensors" in files and b"Theirs on draft." in files["README.md"]
@@ -332,7 +397,7 @@ def test_a_branch_is_made_and_loads_by_its_name(saved, hub, tmp_path):
     environment = hub.environment(tmp_path)
     check(run_python(MODEL_PUSH, environment, tmp_path, saved / "slim", "org/slim", json.dumps({"revision": "v2"})))
     assert set(hub.files("org/slim", "main")) == {".gitattributes"}
-    for way in ("imported", "absent"):
+    for way in WAYS:
         assert load("org/slim", way, saved, environment, tmp_path, revision="v2") == "answers alike\n"
     missing = run_python(
         LOAD, environment, tmp_path, "org/slim", "imported", '{"revision": "v3"}', saved / "expected.pt"
@@ -372,6 +437,7 @@ def test_a_connection_that_keeps_being_cut_leaves_the_repository_as_it_was_and_t
     cut = run_python(impatient, environment, tmp_path, saved / "slim", "org/slim")
     assert cut.returncode
     assert "ConnectionError: The connection to the Hub broke while pushing to 'org/slim'" in cut.stderr
+    assert "nothing is there by halves. Push again." in cut.stderr
     assert set(hub.files("org/slim")) == {".gitattributes"} and hub.drop_commits < 99
     hub.drop_commits = 0
     check(run_python(PUSH, environment, tmp_path, saved / "slim", "org/slim"))
@@ -383,6 +449,16 @@ def test_a_token_that_may_not_write_is_told_so_and_how_to_get_one(token, status,
     run = run_python(PUSH, hub.environment(tmp_path, token=token), tmp_path, saved / "slim", "org/slim")
     assert f"The Hub does not let you write to 'org/slim' (status {status})" in run.stderr
     assert "hf auth login" in run.stderr and hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(401, PermissionError), (403, PermissionError), (500, HfHubHTTPError)]
+)
+def test_only_a_refusal_is_told_as_one(status, expected):
+    refused = HfHubHTTPError("refused", response=httpx.Response(status, request=httpx.Request("POST", "https://hub")))
+    with pytest.raises(expected) as caught, clear_errors("org/slim"):
+        raise refused
+    assert type(caught.value) is expected and ("hf auth login" in str(caught.value)) == (status < 500)
 
 
 def test_without_a_hub_the_error_names_the_repository(saved, hub, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from helpers import tiny_config, tiny_model
 from hf_costeff.guarantees import describe_promise
@@ -89,7 +90,32 @@ def test_metadata_names_model_data_and_every_result_by_the_hubs_own_fields():
 def test_what_the_hub_does_not_know_is_no_metadata():
     data = yaml.safe_load(card_of(make_report(teacher="./bert", dataset="./films")).split("---\n")[1])
     assert not {"base_model", "datasets", "model-index"} & set(data)
-    assert "films" not in card_of(make_report(teacher="./bert", dataset="./films"))
+    card = card_of(make_report(teacher="./bert", dataset="./films", dataset_config="en"))
+    assert "films" not in card and "./bert" not in card and "made from a local teacher by" in card
+
+
+def test_a_folder_here_is_no_name_on_the_hub_even_if_it_reads_like_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "base_model: org/bert" in card_of(make_report()) and "org/films" in card_of(make_report())
+    for folder in ("org/bert", "org/films"):
+        (tmp_path / folder).mkdir(parents=True)
+    card = card_of(make_report())
+    assert "org/bert" not in card and "org/films" not in card and "made from a local teacher by" in card
+    assert "org/bert" not in training_card() and "with a local teacher as its teacher" in training_card()
+
+
+def test_the_results_are_read_back_from_the_card_by_the_hubs_own_reader():
+    results = ModelCard(card_of(make_report())).data.eval_results
+    assert [(result.dataset_type, result.metric_type, result.metric_value) for result in results] == [
+        ("org/films", "accuracy", 0.88),
+        ("org/films", "accuracy", 0.87),
+    ]
+
+
+def test_either_card_says_what_to_cite():
+    for card in (card_of(make_report()), training_card()):
+        assert card.count("```bibtex\n@inproceedings{shen2022costeff,\n") == 1
+        assert "title     = {{COST-EFF}: Collaborative" in card and "note      = {arXiv:2210.15523}\n}\n```" in card
 
 
 def test_early_exit_figures_go_when_the_settings_they_were_measured_with_are_replaced():
@@ -181,7 +207,7 @@ def test_a_trainers_card_tells_every_metric_of_every_exit_and_when():
 def test_a_trainers_card_leaves_nothing_blank_or_guessed(changes):
     card = training_card(**changes)
     for word in ("None", "Unknown", "nan", "{{", "{%", "{name}", "/home/me"):
-        assert word not in card
+        assert word not in card.replace("title     = {{COST-EFF}", "")
     assert ("## Results" in card) == (changes.get("evaluation") != {})
     assert ("as its teacher" in card) == (changes.get("teacher", "") is not None)
 

@@ -330,6 +330,12 @@ def test_a_row_without_tokens_or_with_too_many_is_refused(runner, length):
         runner.predict_tokens([{"input_ids": [2]}, {"input_ids": [2] * length}])
 
 
+def test_a_bad_row_of_a_later_window_has_its_own_number(runner, monkeypatch):
+    monkeypatch.setattr(onnx_runner, "WINDOW", 2)
+    with pytest.raises(ValueError, match="Row 3 has 25 tokens"):
+        runner.predict_tokens([{"input_ids": [2] * length} for length in (1, 2, 3, 25)])
+
+
 def test_settings_that_ask_an_exit_without_a_graph_are_refused(tmp_path, graphs):
     segments = [{"exit_layer": layer, "file": f"segment_{layer:02d}.onnx"} for layer in (3, 6)]
     runner = Runner(write_folder(tmp_path, segments=segments))

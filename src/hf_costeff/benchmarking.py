@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from .charts import _new_figure
 from .efficiency import layer_flops, mean_flops, measure_alternating, stock_flops
 from .evaluation import Collator, Contender, collect_exit_logits
-from .exit_criteria import ExitConfig
+from .exit_criteria import REGRESSION, SINGLE_LABEL, ExitConfig, answers
 from .exit_replay import ExitLogits, ExitReplay, stored_settings
 from .modeling_costeff import CostEffForSequenceClassification
 from .report import describe_hardware
@@ -112,6 +112,7 @@ class Measurement:
         flops_ratio: FLOPs of the teacher over this one's, padding counted.
         peak_share: FLOPs per second over those of this machine's matrix product in the same setting.
         mean_exit_layer: 1-based.
+        agreement: Share of the rows answered as in float32 on the CPU; `None` for regression.
         peak_memory_mb: On a GPU, of the device while this one ran; on the CPU, of the whole process so far, or `None`
             where the system does not say.
     """
@@ -131,6 +132,7 @@ class Measurement:
     flops_ratio: float
     peak_share: float
     mean_exit_layer: float
+    agreement: float | None
     peak_memory_mb: float | None
 
     @property
@@ -166,6 +168,7 @@ def benchmark(
     if max(grid.lengths) > longest:
         raise ValueError(f"`lengths` has {max(grid.lengths)} tokens, and the models take {longest}.")
     found: list[Measurement] = []
+    exact = _placed(model, teacher, "cpu", "float32")
     placed: tuple[Any, ...] = ()
     contenders: list[Contender] = []
     peak = 0.0
@@ -177,7 +180,9 @@ def benchmark(
                 placed = (device, precision, threads)
             rows = rows_of_length(dataset, length, grid.rows if batch_size > 1 else max(1, grid.rows // 4))
             batches = [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-            found += _measure(contenders, batches, grid.rounds, peak, setting)
+            same = [_agreement(*pair, batches) for pair in zip(contenders, exact, strict=True)]
+            measured = _measure(contenders, batches, grid.rounds, peak, setting)
+            found += [dataclasses.replace(one, agreement=share) for one, share in zip(measured, same, strict=True)]
     return found
 
 
@@ -267,10 +272,23 @@ def _measure(
                 flops_ratio=reference_flops / flops,
                 peak_share=flops * texts / seconds / peak,
                 mean_exit_layer=layer,
+                agreement=None,
                 peak_memory_mb=memory[contender.name],
             )
         )
     return found
+
+
+def _agreement(contender: Contender, exact: Contender, batches: Sequence[Mapping[str, Tensor]]) -> float | None:
+    config = exact.model.config
+    problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
+    if problem_type == REGRESSION:
+        return None
+    ours, theirs = (
+        torch.cat([answers(one.answer(batch).logits.float().cpu(), problem_type) for batch in batches])
+        for one in (contender, exact)
+    )
+    return float((ours == theirs).reshape(len(ours), -1).all(-1).float().mean())
 
 
 def _peak_memory_mb(contender: Contender, batches: Sequence[Mapping[str, Tensor]], device: str) -> float | None:
@@ -454,7 +472,9 @@ def draw_latency_chart(path: Path, found: Sequence[Measurement]) -> bool:
 
 def draw_speedup_chart(path: Path, found: Sequence[Measurement]) -> bool:
     """Speed-up against batch size in the same setting, with the FLOPs ratio dashed; otherwise as latency's."""
-    return _draw_by_batch(path, found, "times as fast as the teacher", lambda one: one.speedup, with_flops=True)
+    return _draw_by_batch(
+        path, found, "times as fast as the teacher (dashed: FLOPs)", lambda one: one.speedup, with_flops=True
+    )
 
 
 def _draw_by_batch(
@@ -472,15 +492,17 @@ def _draw_by_batch(
     shown = [one for one in found if _place(one) == _place(first)]
     for number, name in enumerate(dict.fromkeys(one.name for one in shown)):
         own = sorted((one for one in shown if one.name == name), key=lambda one: one.batch_size)
-        sizes = [one.batch_size for one in own]
-        axes.plot(sizes, [value(one) for one in own], marker="o", color=f"C{number}", label=name)
+        places = [one.batch_size for one in own]
+        axes.plot(places, [value(one) for one in own], marker="o", color=f"C{number}", label=name)
         if with_flops:
-            axes.plot(sizes, [one.flops_ratio for one in own], linestyle="--", color=f"C{number}")
+            axes.plot(places, [one.flops_ratio for one in own], linestyle="--", color=f"C{number}")
+    sizes = sorted({one.batch_size for one in shown})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, list(map(str, sizes)))
     axes.set_xlabel("batch size")
     axes.set_ylabel(label)
     device, precision, threads, length = _place(first)
-    axes.set_title(f"{device}, {precision}, {threads} threads, {length or 'own'} tokens")
+    axes.set_title(f"{device}, {precision}; threads: {threads}; tokens: {length or 'own'}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -499,16 +521,17 @@ def format_benchmark(found: Sequence[Measurement]) -> str:
     """
     lines = [
         "| device | precision | threads | tokens | batch | model | ms, median | p95 | p99 | texts/s | faster by "
-        "| quartiles | fewer FLOPs | of peak | mean exit layer | |",
-        "|" + "---|" * 16,
+        "| quartiles | fewer FLOPs | of peak | mean exit layer | same answers | |",
+        "|" + "---|" * 17,
     ]
     for one in found:
         low, high = one.speedup_quartiles
         verdict = "" if one.name == TEACHER or one.gains else "no gain here"
+        same = "" if one.agreement is None else f"{one.agreement:.1%}"
         lines.append(
             f"| {one.device} | {one.precision} | {one.threads} | {one.length or 'own'} | {one.batch_size} | {one.name} "
             f"| {one.median_ms:.2f} | {one.p95_ms:.2f} | {one.p99_ms:.2f} | {one.texts_per_second:.0f} "
             f"| {one.speedup:.2f}x | {low:.2f}..{high:.2f} | {one.flops_ratio:.2f}x | {one.peak_share:.0%} "
-            f"| {one.mean_exit_layer:.2f} | {verdict} |"
+            f"| {one.mean_exit_layer:.2f} | {same} | {verdict} |"
         )
     return "\n".join(lines)

@@ -65,7 +65,7 @@ class CompressionCard:
         """The card, metadata and text."""
         report, settings = self.report, self.report["settings"]
         teacher, slim = self.rows[0], self.rows[-1]
-        source = settings.get("teacher") or ""
+        source = public_name(settings.get("teacher"))
         hardware = report["hardware"]
         calibrated = (self.config.exit_config or {}).get("calibration")
         return ModelCard.from_template(
@@ -74,7 +74,7 @@ class CompressionCard:
             marker=MARKER,
             name=self.name,
             exit_layers=", ".join(map(str, self.config.exit_layers)),
-            teacher=f"[{source}](https://huggingface.co/{source})" if HUB_ID.fullmatch(source) else "a local teacher",
+            teacher=f"[{source}](https://huggingface.co/{source})" if source else "a local teacher",
             parameters=f"{slim.parameters:,}",
             smaller=f"{teacher.parameters / slim.parameters:.1f}",
             use=how_to_use(self.name, self.config, pair=len(report["data"]["text_columns"]) == 2),
@@ -94,15 +94,16 @@ class CompressionCard:
             recipe="; ".join(f"{said} {settings[key]}" for key, said in SETTINGS.items() if settings.get(key)) + ".",
             stage_table=self.stage_table(),
             train_rows=f"{report['data']['rows']['train']:,}",
+            citation=citation(),
         )
 
     def metadata(self) -> ModelCardData:
         """What the Hub reads: base model, data set, and results on a data set that the Hub knows."""
-        settings, source = self.report["settings"], self.report["settings"].get("dataset") or ""
+        settings = self.report["settings"]
         known = {}
-        if HUB_ID.fullmatch(settings.get("teacher") or ""):
-            known["base_model"] = settings["teacher"]
-        if HUB_ID.fullmatch(source):
+        if teacher := public_name(settings.get("teacher")):
+            known["base_model"] = teacher
+        if source := public_name(settings.get("dataset")):
             known["datasets"] = [source]
             known["eval_results"] = [
                 EvalResult(
@@ -129,9 +130,8 @@ class CompressionCard:
     def dataset_phrase(self) -> str:
         """Which data the rows came from, if it has a public name."""
         settings = self.report["settings"]
-        source = settings.get("dataset") or ""
-        named = " ".join(filter(None, (source, settings.get("dataset_config"))))
-        return f" of {named}" if HUB_ID.fullmatch(source) else ""
+        source = public_name(settings.get("dataset"))
+        return f" of {' '.join(filter(None, (source, settings.get('dataset_config'))))}" if source else ""
 
     @property
     def classes(self) -> list[ClassOutcome]:
@@ -262,6 +262,7 @@ class TrainingCard:
             exit_table=self.exit_table(),
             step=f"{self.evaluation.get('step', 0):,}",
             training=self.training,
+            citation=citation(),
         )
 
     def exit_table(self) -> str:
@@ -286,6 +287,11 @@ def public_name(name: str | None) -> str | None:
     ('org/bert', None, None)
     """
     return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def citation() -> str:
+    """What to cite, as a block of BibTeX."""
+    return (TEMPLATES / "citation.md").read_text(encoding="utf-8").rstrip()
 
 
 def how_to_use(name: str, config: CostEffConfig, pair: bool = False) -> str:
