@@ -131,6 +131,20 @@ def test_stops_are_the_checked_exits_and_the_last():
     assert (plan.stops, plan.next_stop(0), plan.next_stop(2)) == ([2, 3], 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("criterion", "threshold"),
+    [("entropy", [0.0, 0.5, 0.0]), ("confidence", [1.0, 0.5, 1.0]), ("margin", [1.0, 0.5, 1.0])],
+)
+def test_an_exit_whose_threshold_lets_nobody_leave_is_no_stop(criterion, threshold):
+    settings = ExitConfig(criterion=criterion, threshold=threshold)
+    assert ExitPlan.make(settings, [1, 2, 3], "single_label_classification").stops == [2, 3]
+
+
+def test_patience_stops_where_nobody_can_leave_yet_because_later_exits_look_back():
+    settings = ExitConfig(criterion="patience", patience=2)
+    assert ExitPlan.make(settings, [1, 2, 3], "single_label_classification").stops == [1, 2, 3]
+
+
 def test_a_checked_exit_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"\[4\]. Exits: \[1, 2, 3\]"):
         plan_of(checked_exits=[2, 4])

@@ -630,7 +630,7 @@ def test_only_checked_exits_and_the_last_one_are_evaluated():
     model.predict(**batch, early_exit=False)
     assert asked == ["4"]
     asked.clear()
-    model.predict(**batch, early_exit=ExitConfig(threshold=0.0, checked_exits=[2]))
+    model.predict(**batch, early_exit=ExitConfig(threshold=1e-9, checked_exits=[2]))
     assert asked == ["2", "4"]
 
 
@@ -749,11 +749,11 @@ def test_the_host_waits_once_at_the_start_and_once_per_checked_exit(lengths):
     assert len(waits) == 1 + int(prediction.exit_layer.max())
     waits.clear()
     with Watch():
-        model.predict(**batch, early_exit=ExitConfig(threshold=0.0, checked_exits=[2]))
+        model.predict(**batch, early_exit=ExitConfig(threshold=1e-9, checked_exits=[2]))
     assert len(waits) == 1 + 2
 
 
-@pytest.mark.parametrize("early_exit", [False, 0.0, 0.3])
+@pytest.mark.parametrize("early_exit", [False, 1e-9, 0.3])
 @pytest.mark.parametrize(
     ("name", "layer"),
     [("layers.1.attention_norm.weight", 2), ("exits.2.classifier.bias", 2), ("embeddings.norm.bias", 1)],
@@ -783,7 +783,7 @@ def test_what_predict_returns_may_be_used_in_training(lengths):
 
 def test_one_row_that_goes_on_is_never_moved():
     model = tiny_model(model_class=CostEffModel, seed=3)
-    plan = model.exit_plan(0.0)
+    plan = model.exit_plan(1e-9)
     with inference(model):
         rows = first = model.enter(**random_batch([5]))
         for _ in range(3):

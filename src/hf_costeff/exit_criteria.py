@@ -190,7 +190,12 @@ class ExitCriterion(ABC):
 
     def scaled(self, logits: Tensor, exit_index: int) -> Tensor:
         """Logits over the exit's temperature, shape as given."""
-        return logits / self.temperatures[exit_index]
+        temperature = self.temperatures[exit_index]
+        return logits if temperature == 1 else logits / temperature
+
+    def can_leave(self, exit_index: int) -> bool:
+        """Whether any logits let a row leave at this exit; where none do, and it tells later exits nothing, `False`."""
+        return True
 
     @abstractmethod
     def leaves(self, history: Tensor, exit_index: int) -> Tensor:
@@ -209,6 +214,7 @@ class ThresholdCriterion(ExitCriterion):
     """A criterion that compares one measure of the current exit with a threshold."""
 
     lower_is_surer: ClassVar[bool]
+    nobody_leaves: ClassVar[float]
     everybody_leaves: ClassVar[float]
 
     def __init__(self, settings: ExitConfig, num_exits: int, problem_type: str) -> None:
@@ -237,6 +243,11 @@ class ThresholdCriterion(ExitCriterion):
             return torch.ones_like(measured, dtype=torch.bool)
         return measured < threshold if self.lower_is_surer else measured > threshold
 
+    def can_leave(self, exit_index: int) -> bool:
+        """False for a threshold at or past the careful end: the comparison is strict."""
+        threshold = self.thresholds[exit_index]
+        return threshold > self.nobody_leaves if self.lower_is_surer else threshold < self.nobody_leaves
+
     def leaves(self, history: Tensor, exit_index: int) -> Tensor:
         """Whether the exit's own measure passes its threshold, shape (rows,)."""
         return self.passes(self.measured(history[:, -1], exit_index), exit_index)
@@ -251,6 +262,7 @@ class EntropyCriterion(ThresholdCriterion):
 
     name = "entropy"
     lower_is_surer = True
+    nobody_leaves = 0.0
     everybody_leaves = 1.0
 
     def measure(self, log_probabilities: Tensor) -> Tensor:
@@ -263,6 +275,7 @@ class EntropyInNatsCriterion(ThresholdCriterion):
 
     name = "entropy_nats"
     lower_is_surer = True
+    nobody_leaves = 0.0
     everybody_leaves = math.inf
 
     def measure(self, log_probabilities: Tensor) -> Tensor:
@@ -278,6 +291,7 @@ class ConfidenceCriterion(ThresholdCriterion):
 
     name = "confidence"
     lower_is_surer = False
+    nobody_leaves = 1.0
     everybody_leaves = 0.0
 
     def measure(self, log_probabilities: Tensor) -> Tensor:
@@ -290,6 +304,7 @@ class MarginCriterion(ThresholdCriterion):
 
     name = "margin"
     lower_is_surer = False
+    nobody_leaves = 1.0
     everybody_leaves = 0.0
 
     def measure(self, log_probabilities: Tensor) -> Tensor:

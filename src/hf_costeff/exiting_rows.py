@@ -25,6 +25,7 @@ class ExitPlan:
         criterion: Decides at every stop but the last; `None` for full depth.
         exit_layers: 1-based layers that own an exit, ascending; the last is the model's depth.
         stops: 1-based layers whose exit is evaluated, ascending; the last is the model's depth, where everybody leaves.
+            An exit that is not checked, or whose threshold lets nobody leave, costs nothing.
         problem_type: As upstream's `config.problem_type`.
     """
 
@@ -51,7 +52,8 @@ class ExitPlan:
         if stray := set(settings.checked_exits or ()) - set(exit_layers):
             raise ValueError(f"`checked_exits` names layers without an exit: {sorted(stray)}. Exits: {exit_layers}.")
         criterion = settings.build_criterion(len(exit_layers), problem_type)
-        stops = [layer for layer in exit_layers if layer == depth or settings.is_checked(layer)]
+        asked = [settings.is_checked(layer) and criterion.can_leave(index) for index, layer in enumerate(exit_layers)]
+        stops = [layer for layer, ask in zip(exit_layers, asked, strict=True) if ask or layer == depth]
         return cls(criterion, exit_layers, stops, problem_type)
 
     def next_stop(self, depth: int) -> int:
