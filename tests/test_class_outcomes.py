@@ -37,6 +37,15 @@ def test_the_class_that_loses_most_comes_first_and_one_without_rows_not_at_all()
     assert [(outcome.name, outcome.early_exit) for outcome in outcomes] == [("LABEL_1", 0.0), ("LABEL_0", 1.0)]
 
 
+def test_a_row_counts_as_it_is_answered_at_the_exit_where_it_leaves():
+    """All rows are of class 0: one is sure and right at once, one sure and wrong, one unsure and then right."""
+    sure, wrong, unsure = [9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.1, 0.0]
+    logits = torch.tensor([[sure] * 4, [wrong, sure, sure, sure], [unsure, sure, wrong, wrong]])
+    (outcome,) = class_outcomes(logits, torch.zeros(3, dtype=torch.long), ExitConfig(threshold=0.5), tiny_config())
+    assert (outcome.rows, outcome.full_depth, outcome.early_exit) == (3, pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert outcome.mean_exit_layer == pytest.approx((1 + 1 + 2) / 3)
+
+
 @pytest.mark.parametrize("settings", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])
 def test_where_a_row_has_no_single_class_there_is_nothing_to_tell(settings):
     logits, labels = torch.zeros(2, 4, settings.get("num_labels", 3)), torch.zeros(2)

@@ -115,6 +115,7 @@ HOSTILE = [
     ("exit_layers", "4"),
     ("exit_layers", 4),
     ("exit_head", "deep"),
+    ("exit_pooling", "max"),
     ("exit_config", [0.5]),
     ("hidden_act", "import os"),
     ("hidden_dropout_prob", 1.5),
@@ -158,6 +159,7 @@ HUGE = [
     {"num_labels": 10**9, "id2label": None, "label2id": None},
     {"hidden_size": 10**6, "vocab_size": 10**5},
     {"vocab_size": 10**8, "hidden_size": 10**4},
+    {"embedding_rank": 10**6, "hidden_size": 10**6},
     {"num_hidden_layers": 1000, "intermediate_size": 10**6, "num_attention_heads": 1, "exit_layers": None},
     {"num_attention_heads": [10**6] * 4, "attention_head_size": 10**6},
 ]
@@ -185,10 +187,48 @@ def test_a_config_file_that_is_nested_without_end_is_refused_by_its_reader(tmp_p
         CostEffModel.from_pretrained(tmp_path)
 
 
-def test_what_a_message_quotes_is_cut_short():
+@pytest.mark.parametrize(
+    ("name", "largest", "others"),
+    [
+        ("num_hidden_layers", 1000, {"num_attention_heads": 1, "intermediate_size": 1}),
+        ("num_labels", 100_000, {}),
+        ("max_position_embeddings", 1_000_000, {}),
+        ("vocab_size", 100_000_000, {}),
+        ("attention_head_size", 1_000_000, {}),
+    ],
+)
+def test_the_largest_value_is_taken_and_one_more_is_not(name, largest, others):
+    assert getattr(tiny_config(**{name: largest}, **others), name) == largest
+    with pytest.raises(REFUSED, match=f"{name}.*{largest + 1}"):
+        tiny_config(**{name: largest + 1}, **others)
+
+
+def test_a_hundred_thousand_label_names_are_taken_and_one_more_is_not():
+    assert tiny_config(num_labels=100_000, id2label=dict.fromkeys(range(100_000), "name")).num_labels == 100_000
+    with pytest.raises(REFUSED, match="id2label"):
+        tiny_config(num_labels=100_000, id2label=dict.fromkeys(range(100_001), "name"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"embedding_rank": 5}, {"exit_layers": [2, 4]}, {"type_vocab_size": 0}])
+def test_the_weights_that_are_limited_are_those_of_every_matrix(changes, monkeypatch):
+    matrices = [weight for weight in CostEffModel(tiny_config(**changes)).parameters() if weight.dim() == 2]
+    count = sum(weight.numel() for weight in matrices)
+    monkeypatch.setattr("hf_costeff.configuration_costeff.MAX_WEIGHTS", count)
+    tiny_config(**changes)
+    monkeypatch.setattr("hf_costeff.configuration_costeff.MAX_WEIGHTS", count - 1)
+    with pytest.raises(REFUSED, match=f"make {count:,} weights"):
+        tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"id2label": dict.fromkeys(range(7, 5000), "name")}, {"exit_config": {"threshold": [[0.5]] * 5000}}],
+    ids=" ".join,
+)
+def test_what_a_message_quotes_is_cut_short(changes):
     with pytest.raises(REFUSED) as refusal:
-        tiny_config(id2label=dict.fromkeys(range(7, 5000), "name"))
-    assert len(str(refusal.value)) < 500
+        tiny_config(**changes)
+    assert len(str(refusal.value)) < 1000
 
 
 def test_labels_of_any_usual_kind_are_taken():

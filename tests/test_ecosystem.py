@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +208,15 @@ def test_a_dtype_is_kept_when_it_is_asked_for_and_when_it_is_saved(folder, dtype
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert again.dtype == wanted and torch.equal(again(**INPUTS).logits, model(**INPUTS).logits)
+
+
+def test_every_load_mode_in_the_docs_names_a_test_that_is_there():
+    folder = Path(__file__).parent
+    page = (folder.parent / "docs" / "how-to" / "save-and-load.md").read_text()
+    rows = re.findall(r"^\|.*\| `(test_\w+)`(?: in `tests/(\w+\.py)`)? \|$", page, re.MULTILINE)
+    assert len(rows) == page.count("`test_") >= 9
+    missing = [name for name, file in rows if f"def {name}(" not in (folder / (file or "test_hub.py")).read_text()]
+    assert missing == []
 
 
 def test_model_and_tokenizer_load_from_a_subfolder(folder, tmp_path):

@@ -111,6 +111,18 @@ def test_calibrating_stores_settings_that_predict_uses(rows):
     assert settings.calibration["full_depth"] == pytest.approx(sum(full) / 23)
 
 
+def test_exits_that_were_chosen_by_time_are_kept_and_those_of_another_calibration_are_not(rows):
+    model = tiny_model()
+    model.config.exit_config = ExitConfig(threshold=0.5, checked_exits=[2]).to_dict()
+
+    def chosen(**options) -> list[int] | None:
+        return calibrate(model, rows, COLLATOR, max_metric_drop=100.0, show_progress=False, **options).checked_exits
+
+    assert chosen() == [2]
+    assert chosen() != [2]  # now they are a calibration's
+    assert chosen(checked_exits=[3]) == [3]
+
+
 def test_a_promise_names_the_weights_and_the_order_of_the_rows_does_not_matter(rows):
     model, seen = tiny_model(), []
     for data in (rows, rows.shuffle(seed=1), rows.remove_columns("labels")):

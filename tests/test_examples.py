@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,14 @@ def loads_and_leaves_early(folder) -> bool:
     batch = AutoTokenizer.from_pretrained(folder)(list(TEXTS), return_tensors="pt", padding=True)
     assert isinstance(ExitConfig.from_dict(model.config.exit_config), ExitConfig)
     return model.predict(**batch, early_exit=True).exit_layer.shape == (len(TEXTS),)
+
+
+EXAMPLES = [batch_prediction, calibrate_model, compress_checkpoint, export_onnx, lora, push, train_with_trainer]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.__name__)
+def test_an_example_has_under_90_lines(example):
+    assert len(Path(example.__file__).read_text().splitlines()) < 90
 
 
 def test_a_checkpoint_is_compressed_on_rows_from_a_file(teacher, monkeypatch, capsys):

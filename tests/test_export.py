@@ -116,6 +116,22 @@ def test_graphs_end_at_the_checked_exits_alone(tmp_path):
         runner.predict(TEXTS, {"threshold": 0.5})
 
 
+def test_an_exit_whose_saved_threshold_lets_nobody_leave_can_still_be_asked(tmp_path):
+    own = slim(exit_config={"threshold": [0.0, 0.4, 0.7, 0.0]})
+    assert export_onnx(own, word_tokenizer(), tmp_path).stops == [1, 2, 3, 4]
+    runner = Runner(tmp_path, threads=1)
+    for early_exit, shallowest in ((True, 2), (0.3, 1)):
+        found = runner.predict(TEXTS, early_exit)
+        assert_same(found, expected_answers(own, TEXTS, early_exit))
+        assert min(answer["exit_layer"] for answer in found) == shallowest
+
+
+def test_saved_settings_that_do_not_fit_are_refused(tmp_path):
+    own = slim(exit_config={"threshold": 0.5, "checked_exits": [2, 9]})
+    with pytest.raises(ValueError, match=r"layers without an exit: \[9\]"):
+        export_onnx(own, word_tokenizer(), tmp_path / "onnx")
+
+
 def test_a_graph_holds_its_own_layers_and_no_empty_matrix(folder):
     sizes = {}
     for file in sorted(folder.glob("*.onnx")):

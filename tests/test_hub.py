@@ -154,7 +154,7 @@ def test_a_folder_loads_three_ways_and_so_does_what_is_saved_from_it_again(way, 
 
 
 @pytest.mark.parametrize("way", ["imported", "absent"])
-def test_a_pushed_repository_loads_three_ways_then_offline_and_from_where_it_is_saved_again(way, saved, hub, tmp_path):
+def test_a_pushed_repository_loads_both_ways_then_offline_and_from_where_it_is_saved_again(way, saved, hub, tmp_path):
     environment = hub.environment(tmp_path)
     check(run_python(PUSH, environment, tmp_path, saved / "slim", "org/slim"))
     reader = hub.environment(tmp_path, token=None)

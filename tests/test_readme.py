@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)|!\[[^\]]*\]\((?P<image>[^)\s]+)\)")
-FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]*)")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9_]*)")
 
 sys.path.insert(0, str(ROOT / "docs"))
 

@@ -192,6 +192,18 @@ def address(folder, tmp_path_factory):
         app.wait(30)
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [([], "build/demo/model is not there. Run `make demo` first"), (["--model", "org/slim"], "--rows is missing")],
+)
+def test_without_the_demos_model_or_rows_of_your_own_the_app_says_what_to_do(words, advice, tmp_path):
+    pytest.importorskip("gradio")
+    own = ("MODEL", "TEACHER", "ROWS")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    app = subprocess.run([sys.executable, APP, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert app.returncode == 2 and advice in " ".join(app.stderr.split())
+
+
 @pytest.fixture
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")

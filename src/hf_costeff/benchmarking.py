@@ -25,7 +25,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .charts import _new_figure
+from .charts import new_figure
 from .efficiency import layer_flops, mean_flops, measure_alternating, stock_flops
 from .evaluation import Collator, Contender, collect_exit_logits
 from .exit_criteria import REGRESSION, SINGLE_LABEL, ExitConfig, answers
@@ -484,7 +484,7 @@ def _draw_by_batch(
     value: Callable[[Measurement], float],
     with_flops: bool = False,
 ) -> bool:
-    figure = _new_figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     if figure is None:
         return False
     axes = figure.add_subplot()

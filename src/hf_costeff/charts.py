@@ -28,7 +28,7 @@ def draw_pareto_chart(path: Path, rows: Sequence[ReportRow], curve: Sequence[Exi
     Returns:
         Whether the chart was drawn; without matplotlib it is left out with one message.
     """
-    figure = _new_figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     if figure is None:
         return False
     axes = figure.add_subplot()
@@ -63,7 +63,7 @@ def draw_curve_chart(path: Path, curve: Sequence[CurvePoint], chosen: ExitOutcom
     Returns:
         As [`draw_pareto_chart`].
     """
-    figure = _new_figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     if figure is None:
         return False
     axes = figure.add_subplot()
@@ -91,7 +91,7 @@ def draw_reliability_chart(path: Path, qualities: Sequence[ExitQuality]) -> bool
         As [`draw_pareto_chart`].
     """
     lines = -(-len(qualities) // COLUMNS)
-    figure = _new_figure(3 * COLUMNS, 2.8 * lines)
+    figure = new_figure(3 * COLUMNS, 2.8 * lines)
     if figure is None:
         return False
     for number, quality in enumerate(qualities, start=1):
@@ -113,7 +113,7 @@ def _corners(bins: Sequence[ReliabilityBin]) -> tuple[list[float], list[float]]:
     return [part.confidence for part in bins], [part.accuracy for part in bins]
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """An empty figure, in inches; `None`, with a message, where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure

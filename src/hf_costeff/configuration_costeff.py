@@ -222,13 +222,14 @@ class CostEffConfig(PreTrainedConfig):
             for layer, width in enumerate(widths, start=1):
                 _check_integer(f"{name} of layer {layer}", width, 0, MAX_WIDTH)
         inner = 4 * self.attention_head_size * sum(self.num_attention_heads) + 2 * sum(self.intermediate_size)
-        tables = self.vocab_size * (self.embedding_rank or self.hidden_size)
-        outer = self.max_position_embeddings + self.type_vocab_size + len(self.exit_layers or ()) * self.num_labels
-        weights = tables + self.hidden_size * (inner + outer)
+        tables = self.max_position_embeddings + self.type_vocab_size + (self.embedding_rank or 0)  # with the projection
+        exits = len(self.exit_layers or ()) * self.num_labels
+        words = self.vocab_size * (self.embedding_rank or self.hidden_size)
+        weights = words + self.hidden_size * (inner + tables + exits)
         if weights > MAX_WEIGHTS:
             raise ValueError(
                 f"These sizes make {weights:,} weights; at most {MAX_WEIGHTS:,} are taken. Look at `hidden_size` "
-                f"({self.hidden_size}), `vocab_size` ({self.vocab_size}), `attention_head_size` "
+                f"({self.hidden_size}), `vocab_size` ({self.vocab_size}), `embedding_rank`, `attention_head_size` "
                 f"({self.attention_head_size}), `num_hidden_layers`, `num_attention_heads` and `intermediate_size`."
             )
 

@@ -96,6 +96,7 @@ def calibrate(
     criterion: str | None = None,
     per_exit: bool = False,
     fit_temperatures: bool = True,
+    checked_exits: list[int] | None = None,
     show_progress: bool = True,
 ) -> ExitConfig:
     """Choose exit settings on held-out rows from one goal and store them in the model, for `predict(early_exit=True)`.
@@ -118,6 +119,8 @@ def calibrate(
         criterion: A key of `CRITERIA`; `None`: entropy, for regression patience.
         per_exit: Whether every exit gets its own threshold; otherwise one serves all.
         fit_temperatures: Whether each exit's temperature is fitted first; otherwise they are 1.
+        checked_exits: Layers whose exit may be asked, as in [`ExitConfig`]. `None`: those of stored settings that were
+            chosen by time and not by a calibration (`hf-costeff benchmark --choose_exits`); without, chosen here too.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -128,7 +131,10 @@ def calibrate(
     """
     if not isinstance(model, CostEffForSequenceClassification):
         raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
-    search = ExitSearch(criterion, per_exit, fit_temperatures)
+    stored = model.config.exit_config or {}
+    if checked_exits is None and not stored.get("calibration"):
+        checked_exits = stored.get("checked_exits")
+    search = ExitSearch(criterion, per_exit, fit_temperatures, checked_exits)
     records = collect_exit_logits(model, dataset, collator, description="Calibrating", show_progress=show_progress)
     if guarantee:
         records = dataclasses.replace(records, row_keys=row_keys(dataset))

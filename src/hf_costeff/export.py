@@ -202,7 +202,10 @@ def write_graphs(
         folder: An empty folder.
     """
     config = model.config
-    stops = config.exit_layers if config.exit_config is None else model.costeff.exit_plan(True).stops
+    model.costeff.exit_plan()  # refuses saved settings that do not fit
+    saved = ExitConfig() if config.exit_config is None else ExitConfig.from_dict(config.exit_config)
+    depth = config.num_hidden_layers
+    stops = [layer for layer in config.exit_layers if layer == depth or saved.is_checked(layer)]
     names = ["input_ids", "attention_mask"]
     if config.type_vocab_size and "token_type_ids" in tokenizer.model_input_names:
         names.append("token_type_ids")

@@ -100,7 +100,7 @@ class CompressionCard:
     def metadata(self) -> ModelCardData:
         """What the Hub reads: base model, data set, and results on a data set that the Hub knows."""
         settings = self.report["settings"]
-        known = {}
+        known: dict[str, Any] = {}
         if teacher := public_name(settings.get("teacher")):
             known["base_model"] = teacher
         if source := public_name(settings.get("dataset")):

@@ -49,6 +49,12 @@ class CalibrationArguments:
     )
     per_exit: bool = field(default=False, metadata={"help": "One threshold per exit, not one for all."})
     fit_temperatures: bool = field(default=True, metadata={"help": "Fit each exit's temperature before thresholds."})
+    checked_exits: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers whose exit may be asked. Default: as benchmark --choose_exits left them, else chosen."
+        },
+    )
 
 
 def run(wanted: CalibrationArguments, data: DataArguments) -> str:
@@ -88,6 +94,7 @@ def run(wanted: CalibrationArguments, data: DataArguments) -> str:
         criterion=wanted.criterion,
         per_exit=wanted.per_exit,
         fit_temperatures=wanted.fit_temperatures,
+        checked_exits=wanted.checked_exits,
     )
     if wanted.output_dir is None:  # only the settings change, so the weights are not written again
         model.config.save_pretrained(folder)
