@@ -223,7 +223,7 @@ def main() -> None:
         DataArguments(dataset=given.data, dataset_config=given.task, **SPLITS.get(given.task, {})),
         tokenizer,
         teacher_config=teacher.config,
-        max_positions=assistant.config.max_position_embeddings - assistant.config.position_offset,
+        max_positions=assistant.config.longest_text,
     )
     for seed in given.seeds:
         for variant in given.variants:

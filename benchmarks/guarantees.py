@@ -77,7 +77,7 @@ def load_pool(given: argparse.Namespace, model) -> ExitLogits:
     if file is not None and file.exists():
         return ExitLogits(**torch.load(file))
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    longest = model.config.max_position_embeddings - model.config.position_offset
+    longest = model.config.longest_text
     data = DataArguments(dataset=given.data, dataset_config=given.task)
     rows = prepare_split(data, given.split, tokenizer, config=model.config, max_positions=longest)
     found = collect_exit_logits(model, rows, make_collator(tokenizer))

@@ -101,7 +101,7 @@ def at_paper_flops(model_path: Path, teacher: str, data: str, options: dict) -> 
         arguments,
         tokenizer,
         teacher_config=stock.config,
-        max_positions=slim.config.max_position_embeddings - slim.config.position_offset,
+        max_positions=slim.config.longest_text,
     )
     collator = make_collator(tokenizer)
     calibration = collect_exit_logits(slim, prepared.calibration, collator)

@@ -26,7 +26,7 @@ def main() -> None:
 
     model = AutoModelForSequenceClassification.from_pretrained(given.model)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    positions = model.config.max_position_embeddings - model.config.position_offset
+    positions = model.config.longest_text
     rows = prepare_split(given.rows, "train", tokenizer, config=model.config, max_positions=positions)
 
     print(f"{'budget':>8}{'full depth':>12}{'early exit':>12}{'mean layer':>12}{'fewer FLOPs':>13}")

@@ -31,7 +31,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(given.model)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model.config.exit_config = None
-    positions = model.config.max_position_embeddings - model.config.position_offset
+    positions = model.config.longest_text
     rows = prepare_split(given.rows, "train", tokenizer, config=model.config, max_positions=positions)
     adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=given.rank, lora_alpha=2 * given.rank))
     adapted.print_trainable_parameters()

@@ -52,7 +52,7 @@ def main() -> None:
         tokenizer,
         arguments=arguments,
         teacher_config=teacher.config,
-        max_positions=student.config.max_position_embeddings - student.config.position_offset,
+        max_positions=student.config.longest_text,
     )
     trainer = CostEffTrainer(
         student,

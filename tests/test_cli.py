@@ -179,7 +179,7 @@ def test_calibrate_states_its_promise_and_for_which_weights(slim, files, capsys)
     promise = settings.calibration["promise"]
     assert f"margin criterion with limit {settings.threshold:g}." in out
     assert "Promised for new rows of the same kind, with probability 0.8: for at most 60.00% of them the early" in out
-    assert f"tested on 14 rows, of which {promise['flips']} lost (upper bound {promise['upper_bound']:.2%})" in out
+    assert f"tested on 14 rows, of which {promise['flips']} lost." in out
     model = AutoModelForSequenceClassification.from_pretrained(slim)
     assert promise["fingerprint"] == weights_fingerprint(model.costeff)
 

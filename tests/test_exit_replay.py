@@ -34,7 +34,7 @@ def test_a_replay_leaves_and_answers_as_predict_does(settings):
     if settings is not None:
         scaled = exits.scaled_logits(settings)
         expected = (predicted.probabilities, predicted.confidence)
-        found = (probabilities(scaled, SINGLE), answer_confidence(scaled, SINGLE))
+        found = (probabilities(scaled, SINGLE), answer_confidence(probabilities(scaled, SINGLE), SINGLE))
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -44,7 +44,7 @@ def test_the_confidence_is_that_of_predict(problem_type):
     labels = 1 if problem_type == "regression" else 3
     model, batch = tiny_model(problem_type=problem_type, num_labels=labels), random_batch(LENGTHS)
     predicted = model.predict(**batch, early_exit=False)
-    found = answer_confidence(predicted.logits, problem_type)
+    found = answer_confidence(probabilities(predicted.logits, problem_type), problem_type)
     if problem_type == "regression":
         assert found is None and predicted.confidence is None
     else:

@@ -122,6 +122,7 @@ def test_a_saved_pipeline_comes_back_with_its_code(classify, tmp_path):
     classify.save_pretrained(tmp_path)
     assert (tmp_path / "pipeline_costeff.py").is_file() and (tmp_path / "modeling_costeff.py").is_file()
     again = pipeline("costeff-classification", model=str(tmp_path), device="cpu", trust_remote_code=True)
+    assert type(again).__module__.startswith("transformers_modules")
     found, expected = again(TEXTS), classify(TEXTS)
     torch.testing.assert_close(*(torch.tensor([answer["score"] for answer in each]) for each in (found, expected)))
     assert [answer["exit_layer"] for answer in found] == [answer["exit_layer"] for answer in expected]

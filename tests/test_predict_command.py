@@ -204,3 +204,11 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(folder, monkeypatch, c
         gone.write("what Python flushes at its end")
     assert stopped.value.code == CLOSED_PIPE
     assert "roken pipe" not in capsys.readouterr().err
+
+
+def test_the_file_that_is_read_is_never_written(folder, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a good film"}\n')
+    assert main(["predict", folder, "--file", str(rows), "--output", f"{tmp_path}/./rows.jsonl"]) != 0
+    assert "the file that is read" in capsys.readouterr().err
+    assert rows.read_text() == '{"text": "a good film"}\n'

@@ -218,10 +218,16 @@ def test_what_is_no_collection_of_texts_is_refused_at_once(model, tokenizer, row
         predict_texts(model, tokenizer, rows)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "window", "top_k", "max_length"])
+@pytest.mark.parametrize("name", ["batch_size", "window", "top_k"])
 def test_counts_below_one_are_refused_at_once(model, tokenizer, name):
     with pytest.raises(ValueError, match=f"`{name}` is 0. It must be at least 1"):
         predict_texts(model, tokenizer, TEXTS, **{name: 0})
+
+
+@pytest.mark.parametrize("max_length", [0, 2, 10_000])
+def test_a_length_that_the_model_cannot_serve_is_refused_at_once(model, tokenizer, max_length):
+    with pytest.raises(ValueError, match=f"`max_length` is {max_length}. It must lie in 3"):
+        predict_texts(model, tokenizer, TEXTS, max_length=max_length)
 
 
 def test_a_pair_has_two_columns(model, tokenizer):

@@ -12,12 +12,12 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_costeff import CostEffForSequenceClassification, ExitConfig
-from hf_costeff.calibration import ExitLogits, choose_exit_config, describe_seen
-from hf_costeff.commands.command import longest_text
+from hf_costeff.calibration import choose_exit_config, describe_seen
 from hf_costeff.data import make_collator, prepare_split
 from hf_costeff.efficiency import measure_alternating
 from hf_costeff.evaluation import Contender, collect_exit_logits
 from hf_costeff.exit_criteria import SINGLE_LABEL, probabilities
+from hf_costeff.exit_replay import ExitLogits
 
 MAX_TEXTS = 50
 TEACHER, FULL, EARLY = "teacher", "slim, all layers", "slim, at this budget"
@@ -76,7 +76,7 @@ class SideBySide:
         if not isinstance(student, CostEffForSequenceClassification):
             raise ValueError(f"{slim} is a {student.config.model_type} model without exits. Compress it first.")
         held_out = prepare_split(
-            rows, "train", tokenizer, config=student.config, max_positions=longest_text(student.config)
+            rows, "train", tokenizer, config=student.config, max_positions=student.config.longest_text
         )
         records = collect_exit_logits(student, held_out, make_collator(tokenizer), description="Held-out rows")
         return cls(student, master, tokenizer, records)
@@ -88,7 +88,7 @@ class SideBySide:
     def compare(self, texts: Sequence[str], budget: float, repeats: int = 5) -> Comparison:
         """Answers of both models at a budget, and the median time of `repeats` calls in turn."""
         settings = self.settings(budget)
-        limit = longest_text(self.slim.config)
+        limit = self.slim.config.longest_text
         batch = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=limit)
         contenders = {
             TEACHER: Contender(TEACHER, self.teacher, self.records),

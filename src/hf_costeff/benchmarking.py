@@ -30,7 +30,7 @@ from .efficiency import layer_flops, mean_flops, measure_alternating, stock_flop
 from .evaluation import Collator, Contender, collect_exit_logits
 from .exit_criteria import REGRESSION, SINGLE_LABEL, ExitConfig, answers
 from .exit_replay import ExitLogits, ExitReplay, stored_settings
-from .modeling_costeff import CostEffForSequenceClassification
+from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification
 from .report import describe_hardware
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -224,7 +224,7 @@ def rows_of_length(dataset: Dataset, length: int, count: int) -> list[dict[str, 
         length: Tokens per row; 0: as they are.
         count: How many, at most.
     """
-    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in dataset.column_names]
+    names = [name for name in MODEL_INPUTS if name in dataset.column_names]
     rows = [{name: row[name] for name in names} for row in dataset.select(range(min(count, len(dataset))))]
     if length == REAL:
         return rows

@@ -229,7 +229,7 @@ class Compression:
     def _prepare_data(self, loaded_teacher: PreTrainedModel | None) -> PreparedData:
         """The splits, with the labels of the teacher; a teacher without a head has none, so the data's own count."""
         source = self.data_arguments if self.dataset is None else self.dataset
-        longest = self.full_config.max_position_embeddings - self.full_config.position_offset
+        longest = self.full_config.longest_text
         return prepare_data(
             source,
             self.tokenizer,

@@ -174,6 +174,11 @@ class CostEffConfig(PreTrainedConfig):
             return self.problem_type
         return "regression" if self.num_labels == 1 else "single_label_classification"
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens that the position table holds."""
+        return self.max_position_embeddings - self.position_offset
+
     def validate_sizes(self) -> None:
         """Refuse sizes that no model can have, before any memory is taken."""
         for name in ("vocab_size", "hidden_size", "attention_head_size", "max_position_embeddings"):

@@ -28,7 +28,7 @@ from .efficiency import (
 from .exit_criteria import ExitConfig
 from .exit_replay import ExitLogits, ExitReplay
 from .metrics import compute_metrics, default_metric
-from .modeling_costeff import CostEffForSequenceClassification, inference
+from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, inference
 from .promises import weights_fingerprint
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
@@ -185,8 +185,7 @@ class Contender:
         """Run the model on a batch as it would be served."""
         inputs = model_inputs(self.model, batch)
         if isinstance(self.model, CostEffForSequenceClassification):
-            names = ("input_ids", "attention_mask", "token_type_ids")
-            inputs = {name: inputs[name] for name in names if name in inputs}
+            inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
             return self.model.predict(**inputs, early_exit=False if self.settings is None else self.settings)
         with torch.no_grad():
             return self.model(**inputs)

@@ -95,23 +95,22 @@ def answers(logits: Tensor, problem_type: str) -> Tensor:
     return (logits > 0).float() if problem_type == MULTI_LABEL else logits.argmax(dim=-1)
 
 
-def answer_confidence(logits: Tensor, problem_type: str) -> Tensor | None:
+def answer_confidence(chances: Tensor, problem_type: str) -> Tensor | None:
     """How probable the answer is: its own probability, or that of the least sure label.
 
     Args:
-        logits: Logits over the temperature, shape (batch, labels).
+        chances: From [`probabilities`], shape (batch, labels).
         problem_type: As upstream's `config.problem_type`.
 
     Returns:
         Shape (batch,); `None` for regression.
 
     Example:
-        >>> answer_confidence(torch.zeros(1, 4), "single_label_classification")
-        tensor([0.2500])
+        >>> answer_confidence(torch.tensor([[0.75, 0.25]]), "single_label_classification")
+        tensor([0.7500])
     """
     if problem_type == REGRESSION:
         return None
-    chances = probabilities(logits, problem_type)
     return torch.maximum(chances, 1 - chances).amin(-1) if problem_type == MULTI_LABEL else chances.amax(-1)
 
 

@@ -1,6 +1,6 @@
 """Who pays for early exit: a page with tables and charts, as HTML or Markdown, for a local reader.
 
-It may quote texts of the data, so it is never written into a model's folder.
+It may quote texts of the data, so the command refuses to write those into a model's folder.
 """
 
 from __future__ import annotations

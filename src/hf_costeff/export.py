@@ -222,7 +222,7 @@ def write_graphs(
         "id2label": {str(label): name for label, name in config.id2label.items()},
         "problem_type": config.resolved_problem_type,
         "exit_config": config.exit_config,
-        "max_length": min(config.max_position_embeddings - config.position_offset, tokenizer.model_max_length),
+        "max_length": min(config.longest_text, tokenizer.model_max_length),
     }
     (folder / CONFIG).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))

@@ -162,10 +162,10 @@ def describe_promise(promise: Mapping[str, Any]) -> str:
         >>> numbers = {"epsilon": 0.01, "delta": 0.1, "rows": 800, "flips": 2, "upper_bound": 0.0066}
         >>> print(describe_promise({"loss": "max_disagreement", **numbers}))
         Promised for new rows of the same kind, with probability 0.9: for at most 1.00% of them the early answer differs
-        from that of full depth. It was tested on 800 rows, of which 2 lost (upper bound 0.66%).
+        from that of full depth. It was tested on 800 rows, of which 2 lost.
     """
     return (
         f"Promised for new rows of the same kind, with probability {1 - promise['delta']:g}: for at most "
         f"{promise['epsilon']:.2%} of them {LOSSES[promise['loss']]}. It was tested on {promise['rows']:,} rows, of "
-        f"which {promise['flips']:,} lost (upper bound {promise['upper_bound']:.2%})."
+        f"which {promise['flips']:,} lost."
     )

@@ -21,11 +21,14 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_costeff import CostEffConfig
 from .encoder_layers import CostEffEmbeddings, CostEffLayer, eager_attention
-from .exit_criteria import ExitConfig, probabilities
+from .exit_criteria import ExitConfig, answer_confidence, probabilities
 from .exit_heads import EXIT_HEAD_CLASSES, EXIT_POOLING_FUNCTIONS
 from .exiting_rows import ExitPlan, LeavingRows, RunningRows, ends_and_counts, host_index, pick
 from .hub import push_folder, write_card
 from .promises import warn_if_void
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""What `predict` takes of a tokenizer's output."""
 
 
 @dataclass
@@ -280,7 +283,8 @@ class CostEffModel(CostEffPreTrainedModel):
         """Classify, letting each row leave at the first exit that is sure of it.
 
         Rows that leave are dropped from the running batch and the rest is cropped to its longest row; a row's answer
-        does not depend on the batch it came in. Runs without dropout and gradients whatever mode the model is in.
+        does not depend on the batch it came in, if the padding is on the right. Runs without dropout and gradients
+        whatever mode the model is in; one that several threads share has to be in `eval()` mode.
 
         Args:
             input_ids: Token indices, shape (batch, seq).
@@ -401,11 +405,7 @@ class CostEffModel(CostEffPreTrainedModel):
             index, layers = host_index(order, logits.device), pick(layers, order)
             logits, scaled = logits[index], scaled[index]
         chances = probabilities(scaled, plan.problem_type)
-        confidence = {
-            "single_label_classification": lambda: chances.amax(-1),
-            "multi_label_classification": lambda: torch.maximum(chances, 1 - chances).amin(-1),
-            "regression": lambda: None,
-        }[plan.problem_type]()
+        confidence = answer_confidence(chances, plan.problem_type)
         exit_layer = host_index(layers, logits.device)
         return CostEffPrediction(logits=logits, exit_layer=exit_layer, probabilities=chances, confidence=confidence)
 

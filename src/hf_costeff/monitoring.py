@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .configuration_costeff import CostEffConfig
-from .exit_criteria import answer_confidence
+from .exit_criteria import answer_confidence, probabilities
 from .exit_replay import ExitLogits, ExitReplay, stored_settings
 
 BETS: tuple[Callable[[float], float], ...] = (  # each has mean 1 over p in 0..1
@@ -69,7 +70,8 @@ class ExitMonitor:
     A promise holds for texts like those it was made on. Fed with what `predict` returns, in any batches, the monitor
     raises an alarm when exit layers or confidences do not look like the calibration sample any more. As long as they
     come from the same distribution, the chance that it ever does, however long the stream and however often one looks,
-    is at most `false_alarm_rate`. It cannot see a change that leaves both as they were.
+    is at most `false_alarm_rate`: exactly, if the settings were not chosen on the calibration rows given here, else
+    nearly. It cannot see a change that leaves both as they were.
 
     Args:
         exit_layers: 1-based layer at which each calibration row left, shape (rows,).
@@ -128,7 +130,8 @@ class ExitMonitor:
         """
         settings = stored_settings(config)
         exits = ExitReplay(records, config).at(settings)
-        confidence = answer_confidence(exits.scaled_logits(settings), config.resolved_problem_type)
+        chances = probabilities(exits.scaled_logits(settings), config.resolved_problem_type)
+        confidence = answer_confidence(chances, config.resolved_problem_type)
         return cls(
             *(exits.exit_layers, confidence),
             depth=config.num_hidden_layers,
@@ -222,12 +225,12 @@ class ExitMonitor:
         self, exit_layers: Sequence[int] | Tensor, confidence: Sequence[float] | Tensor | None
     ) -> dict[str, np.ndarray]:
         """What is watched, as whole numbers from 0 on; bins are fixed beforehand, so that ranks stay exact."""
-        layers = np.asarray(exit_layers, dtype=np.int64)
+        layers = torch.as_tensor(exit_layers).cpu().numpy().astype(np.int64)
         if len(layers) and not (layers.min() >= 1 and layers.max() <= self.depth):
             raise ValueError(f"Exit layers lie in {layers.min()}..{layers.max()}. They must lie in 1..{self.depth}.")
         if confidence is None:
             return {"exit layers": layers - 1}
-        sure = np.asarray(confidence, dtype=np.float64)
+        sure = torch.as_tensor(confidence).double().cpu().numpy()
         if len(sure) != len(layers) or not ((sure >= 0) & (sure <= 1)).all():
             raise ValueError(
                 f"There are {len(sure)} confidences for {len(layers)} exit layers. There must be one in 0..1 for each."

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import TextClassificationPipeline
 from transformers.pipelines.text_classification import ClassificationFunction
 
-from .modeling_costeff import CostEffPrediction
+from .modeling_costeff import MODEL_INPUTS, CostEffPrediction
 
 PIPELINE_TASK = "costeff-classification"
 
@@ -27,8 +27,9 @@ class CostEffClassificationPipeline(TextClassificationPipeline):
         return preprocess, {**forward, **exits}, postprocess
 
     def _forward(self, model_inputs: dict[str, Tensor], **exits: Any) -> CostEffPrediction:
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        return self.model.predict(**{name: model_inputs[name] for name in names if name in model_inputs}, **exits)
+        return self.model.predict(
+            **{name: model_inputs[name] for name in MODEL_INPUTS if name in model_inputs}, **exits
+        )
 
     def postprocess(
         self,

@@ -18,14 +18,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .columns import find_columns
-from .data import make_collator
+from .data import make_collator, resolve_max_length
 from .exit_criteria import ExitConfig
 from .exiting_rows import ExitPlan, LeavingRows, RunningRows
-from .modeling_costeff import CostEffForSequenceClassification, CostEffModel, CostEffPrediction, inference
+from .modeling_costeff import (
+    MODEL_INPUTS,
+    CostEffForSequenceClassification,
+    CostEffModel,
+    CostEffPrediction,
+    inference,
+)
 
 logger = logging.getLogger(__name__)
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 Text = tuple[str, ...]
 """One text, or the two of a pair."""
 Item = TypeVar("Item")
@@ -72,7 +77,7 @@ def predict_texts(
             counted from 0.
         TypeError: If `rows` is one text or a mapping.
     """
-    for name, value in (("batch_size", batch_size), ("window", window), ("top_k", top_k), ("max_length", max_length)):
+    for name, value in (("batch_size", batch_size), ("window", window), ("top_k", top_k)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}. It must be at least 1.")
     if text_columns is not None and len(text_columns) not in (1, 2):
@@ -81,8 +86,7 @@ def predict_texts(
         raise TypeError(
             f"`rows` is a {type(rows).__name__}. Pass texts in a list, one split of a dataset, a generator."
         )
-    longest = model.config.max_position_embeddings - model.config.position_offset
-    max_length = min(longest, tokenizer.model_max_length, max_length or longest)
+    max_length = resolve_max_length(tokenizer, max_length, model.config.longest_text)
     reader = TextReader(tokenizer, text_columns, max_length, batch_size)
     plan = model.costeff.exit_plan(early_exit)
     return _answers(model, reader, plan, rows, top_k, window, show_progress)

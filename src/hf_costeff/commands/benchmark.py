@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 from ..benchmarking import PRECISIONS, BenchmarkGrid, benchmark, choose_exits, write_benchmark
 from ..compression import load_config
 from ..data import DataArguments, make_collator, prepare_split
-from .command import Command, load_slim, longest_text, writable_folder
+from .command import Command, load_slim, writable_folder
 
 
 @dataclass
@@ -59,7 +59,7 @@ def run(wanted: BenchmarkArguments, data: DataArguments) -> str:
     grid = wanted.grid()
     folder = writable_folder(wanted.model, None) if wanted.choose_exits else ""
     model, tokenizer = load_slim(wanted.model)
-    positions = longest_text(model.config)
+    positions = model.config.longest_text
     rows = prepare_split(
         data, wanted.split, tokenizer, config=model.config, max_positions=positions, require_labels=False
     )

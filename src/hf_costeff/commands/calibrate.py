@@ -11,7 +11,7 @@ from ..data import DataArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from ..exit_criteria import CRITERIA, ExitConfig
 from ..guarantees import describe_promise
-from .command import Command, load_slim, longest_text, writable_folder
+from .command import Command, load_slim, writable_folder
 
 
 @dataclass
@@ -77,7 +77,7 @@ def run(wanted: CalibrationArguments, data: DataArguments) -> str:
         split,
         tokenizer,
         config=model.config,
-        max_positions=longest_text(model.config),
+        max_positions=model.config.longest_text,
         require_labels=wanted.max_disagreement is None,
     )
     settings = calibrate(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
@@ -82,8 +81,3 @@ def writable_folder(name: str, output_dir: str | None) -> str:
     if output_dir is None and not Path(name).is_dir():
         raise ValueError(f"{name} is not a local folder, so the result cannot go back. Give --output_dir.")
     return output_dir or name
-
-
-def longest_text(config: Any) -> int:
-    """Tokens that the model's position table holds."""
-    return config.max_position_embeddings - config.position_offset

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..data import DataArguments, prepare_split
 from ..export import Int8Loss, export_onnx
-from .command import Command, load_slim, longest_text
+from .command import Command, load_slim
 
 FORMATS = ("onnx",)
 
@@ -40,7 +40,7 @@ def run(wanted: ExportArguments, data: DataArguments) -> str:
     model, tokenizer = load_slim(wanted.model)
     rows = None
     if wanted.split is not None:
-        positions = longest_text(model.config)
+        positions = model.config.longest_text
         rows = prepare_split(
             data, wanted.split, tokenizer, config=model.config, max_positions=positions, require_labels=False
         )

@@ -68,6 +68,12 @@ class PredictionArguments:
     def __post_init__(self) -> None:
         if self.output is not None and Path(self.output).suffix.lower() not in WRITERS:
             raise ValueError(f"`output` is {self.output!r}. Known endings are {', '.join(WRITERS)}.")
+        if (
+            self.file is not None
+            and self.output is not None
+            and Path(self.file).resolve() == Path(self.output).resolve()
+        ):
+            raise ValueError(f"`output` is {self.output!r}, the file that is read. Name another one.")
         if self.top_k is not None and Path(self.output or "").suffix.lower() == ".csv":
             raise ValueError(f"`output` is {self.output!r}, and csv holds no lists. Leave `top_k` out, or use jsonl.")
         self.exit_choice()

@@ -10,7 +10,8 @@ from ..evaluation import collect_exit_logits
 from ..exit_replay import stored_settings
 from ..exit_report import write_exit_report
 from ..metrics import check_metric, default_metric
-from .command import Command, load_slim, longest_text
+from ..promises import warn_if_void
+from .command import Command, load_slim
 
 
 @dataclass
@@ -42,13 +43,14 @@ def run(wanted: ReportArguments, data: DataArguments) -> str:
     if split is None:
         raise ValueError("No rows to report on are named. Give --split or --validation_file.")
     model, tokenizer = load_slim(wanted.model)
-    stored_settings(model.config)  # before the model runs over all rows
+    settings = stored_settings(model.config)  # before the model runs over all rows
+    warn_if_void(model.costeff, settings.calibration)
     metric = wanted.metric or default_metric(model.config.resolved_problem_type)
     check_metric(metric, model.config.resolved_problem_type)
-    rows = prepare_split(data, split, tokenizer, config=model.config, max_positions=longest_text(model.config))
+    rows = prepare_split(data, split, tokenizer, config=model.config, max_positions=model.config.longest_text)
     records = collect_exit_logits(model, rows, make_collator(tokenizer))
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in rows["input_ids"] if wanted.texts]
-    page = write_exit_report(records, model.config, metric, folder, texts=texts or None, markdown=wanted.markdown)
+    texts = tokenizer.batch_decode(list(rows["input_ids"]), skip_special_tokens=True) if wanted.texts else None
+    page = write_exit_report(records, model.config, metric, folder, texts=texts, markdown=wanted.markdown)
     return f"The report is in {page}."
 
 
