@@ -42,7 +42,6 @@ from hf_costeff.slenderization import Budget, SlenderizationPlan, Widths, descri
 from hf_costeff.trainer import Teacher
 from real_run import METRIC, SPLITS, best_at_flops
 
-TOKEN_REPLACEMENT_RATE = fast_recipe(0, 0).token_replacement_rate
 VARIANTS = ("base", "final-exit", "single-exit", "two-stage", "squat", "random")
 
 
@@ -59,6 +58,7 @@ class Setting:
     max_parameters: int
     steps: int
     learning_rate: float
+    token_replacement_rate: float
     seed: int
     device: torch.device
     bf16: bool
@@ -77,7 +77,7 @@ class Setting:
                 seed=self.seed,
                 save_strategy="no",
                 disable_tqdm=True,
-                token_replacement_rate=TOKEN_REPLACEMENT_RATE,
+                token_replacement_rate=self.token_replacement_rate,
                 **weights,
             )
             CostEffTrainer(
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="The single-exit teacher, if the run did not fine-tune one.")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--token_replacement_rate", type=float, default=fast_recipe(0, 0).token_replacement_rate)
     parser.add_argument("--compression", type=float, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
@@ -241,6 +242,7 @@ def main() -> None:
                 max_parameters=int(count_parameters(teacher) / given.compression),
                 steps=given.steps,
                 learning_rate=given.learning_rate,
+                token_replacement_rate=given.token_replacement_rate,
                 seed=seed,
                 device=device,
                 bf16=bf16,

@@ -46,7 +46,7 @@ def make_report(**settings) -> dict:
         "data": {"rows": {"train": 5000, "validation": 2345}, "text_columns": ["text"]},
         "settings": {"teacher": "org/bert", "dataset": "org/films", "recipe": "fast", "compression": 8, **settings},
         "stages": {
-            "assistant": {"steps": 300, "seconds": 90.0},
+            "assistant": {"steps": 300, "learning_rate": 1e-4, "seconds": 90.0},
             "slenderize-01": {
                 **{"steps": 60, "seconds": 30.0, "num_attention_heads": 2},
                 **{"intermediate_size": [10, 7, 0, 16], "embedding_rank": None},

@@ -900,6 +900,16 @@ def test_the_vocabulary_can_be_resized(tmp_path, rank, size):
     assert_close(CostEffForSequenceClassification.from_pretrained(tmp_path)(ids).logits, expected)
 
 
+@pytest.mark.parametrize("rank", [None, 5])
+def test_a_word_embedding_of_another_width_is_refused(rank):
+    model = tiny_model(embedding_rank=rank)
+    width = model.get_input_embeddings().embedding_dim
+    with pytest.raises(ValueError, match=f"is {width + 1} wide. It must be {width}"):
+        model.set_input_embeddings(torch.nn.Embedding(20, width + 1))
+    model.set_input_embeddings(torch.nn.Embedding(7, width))
+    assert model.get_input_embeddings().num_embeddings == 7
+
+
 def test_probabilities_agree_with_the_forward_logits():
     model, batch = tiny_model(), random_batch([5, 3])
     with torch.no_grad():

@@ -516,7 +516,11 @@ class Compression:
     def _run_trainer(self, trainer: ResumableTrainer, evaluate: bool = True) -> tuple[PreTrainedModel, dict[str, Any]]:
         trainer.train(resume_from_checkpoint=True)
         losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-        record: dict[str, Any] = {"steps": trainer.state.global_step, "last_log": losses[-1] if losses else {}}
+        record: dict[str, Any] = {
+            "steps": trainer.state.global_step,
+            "learning_rate": trainer.args.learning_rate,
+            "last_log": losses[-1] if losses else {},
+        }
         if evaluate:
             record["calibration_metrics"] = trainer.evaluate()
         return trainer.model, record

@@ -5,7 +5,6 @@ It may quote texts of the data, so the command refuses to write those into a mod
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,6 +26,7 @@ from .exit_quality import (
 )
 from .exit_replay import ExitLogits, ExitReplay, stored_settings
 from .guarantees import describe_promise
+from .markdown import markdown_table, quoted
 
 RARE_SHARE = 0.05
 FEW_ROWS = 30
@@ -260,16 +260,10 @@ def _html(block: Block) -> str:
 def _markdown(block: Block) -> str:
     match block:
         case Heading(text):
-            return f"## {_quoted(text)}"
+            return f"## {quoted(text)}"
         case Paragraph(text):
-            return _quoted(text)
+            return quoted(text)
         case Chart(file, text):
-            return f"![{_quoted(text)}]({file})"
+            return f"![{quoted(text)}]({file})"
         case Table(columns, rows):
-            lines = [map(_quoted, columns), ["---"] * len(columns), *(map(_quoted, row) for row in rows)]
-            return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _quoted(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", escape(" ".join(text.split()), quote=False))
+            return markdown_table([*map(quoted, columns)], [[*map(quoted, row)] for row in rows])

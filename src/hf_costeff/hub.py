@@ -151,6 +151,8 @@ def copy_report(origin: str | Path, folder: str | Path) -> bool:
     Returns:
         Whether there was a card and it still speaks of these weights and exit settings.
     """
+    if not str(origin):  # as a path it would be the working directory
+        return False
     origin, folder = Path(origin), Path(folder)
     weights = [path.name for path in folder.glob("model*.safetensors")]
     if not all((origin / name).is_file() for name in (CARD, CONFIG, *weights)):

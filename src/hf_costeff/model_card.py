@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from .efficiency import PAPER_SEQ_LENGTH, cumulative_flops
 from .evaluation import TIMED_BATCHES, ReportRow, format_table
 from .guarantees import describe_promise
 from .hub import CARD, MARKER, TAGS, is_written_by_hand, plain_card
+from .markdown import markdown_table, quoted
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_CLASSES = 10
@@ -30,6 +30,7 @@ SETTINGS = {
     "num_attention_heads": "heads per layer",
     "intermediate_size": "neurons per layer",
     "embedding_rank": "embedding rank",
+    "token_replacement_rate": "tokens replaced",
     "allocation": "allocation",
     "exit_pooling": "exits look at",
     "metric": "chosen by",
@@ -91,7 +92,10 @@ class CompressionCard:
             class_table=self.class_table(),
             class_note=self.class_note(),
             who_pays=self.who_pays(),
-            recipe="; ".join(f"{said} {settings[key]}" for key, said in SETTINGS.items() if settings.get(key)) + ".",
+            recipe="; ".join(
+                f"{said} {settings[key]}" for key, said in SETTINGS.items() if settings.get(key) is not None
+            )
+            + ".",
             stage_table=self.stage_table(),
             train_rows=f"{report['data']['rows']['train']:,}",
             citation=citation(),
@@ -144,7 +148,7 @@ class CompressionCard:
         """A line per class, at most `SHOWN_CLASSES`."""
         lines = [
             [
-                *(table_text(outcome.name), f"{outcome.rows:,}", f"{outcome.full_depth:.1%}"),
+                *(quoted(outcome.name), f"{outcome.rows:,}", f"{outcome.full_depth:.1%}"),
                 *(f"{outcome.early_exit:.1%}", f"{outcome.mean_exit_layer:.2f}"),
             ]
             for outcome in self.classes[:SHOWN_CLASSES]
@@ -166,7 +170,7 @@ class CompressionCard:
         if worst.early_exit >= worst.full_depth:
             return f"{general}. On these rows none lost right answers to it; rare or subtle ones may elsewhere."
         return (
-            f"{general}: of {table_text(worst.name)}, {worst.full_depth:.1%} are answered right by all layers and "
+            f"{general}: of {quoted(worst.name)}, {worst.full_depth:.1%} are answered right by all layers and "
             f"{worst.early_exit:.1%} with early exit."
         )
 
@@ -204,15 +208,17 @@ class CompressionCard:
         return " ".join(notes)
 
     def stage_table(self) -> str:
-        """A line per stage: steps, time, and the widths it left."""
-        lines = ["| stage | steps | minutes | heads, neurons, embedding rank |", "|---|---|---|---|"]
+        """A line per stage: steps, peak learning rate, time, and the widths it left."""
+        lines = []
         for name, record in self.report["stages"].items():
             widths = [record[key] for key in ("num_attention_heads", "intermediate_size") if key in record]
             rank = [record["embedding_rank"] or "full"] if "embedding_rank" in record else []
-            steps = record.get("steps", "")
+            steps = str(record.get("steps", ""))
+            rate = f"{record['learning_rate']:g}" if "learning_rate" in record else ""
             minutes = f"{record['seconds'] / 60:.1f}" if "seconds" in record else ""
-            lines.append(f"| {name} | {steps} | {minutes} | {', '.join(map(str, [*widths, *rank]))} |")
-        return "\n".join(lines)
+            lines.append([name, steps, rate, minutes, ", ".join(map(str, [*widths, *rank]))])
+        columns = ["stage", "steps", "learning rate", "minutes", "heads, neurons, embedding rank"]
+        return markdown_table(columns, lines)
 
 
 @dataclass(frozen=True)
@@ -306,20 +312,6 @@ def how_to_use(name: str, config: CostEffConfig, pair: bool = False) -> str:
             early_exit="0.5" if config.exit_config is None else "True",
         )
     )
-
-
-def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
-
-
-def table_text(name: str) -> str:
-    """A name as it may stand in a Markdown table, whatever it holds.
-
-    >>> table_text("<b>a</b>")
-    '&lt;b&gt;a&lt;/b&gt;'
-    """
-    return escape(" ".join(name.split()), quote=False).replace("|", "\\|")
 
 
 def describe_calibration(seen: dict[str, Any]) -> str:

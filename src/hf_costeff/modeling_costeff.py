@@ -219,7 +219,17 @@ class CostEffModel(CostEffPreTrainedModel):
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the word embedding; its width must stay."""
+        """Replace the word embedding by one of any vocabulary and the same width.
+
+        Raises:
+            ValueError: If the width differs.
+        """
+        width = self.embeddings.word_embeddings.embedding_dim
+        if value.embedding_dim != width:
+            raise ValueError(
+                f"The new word embedding is {value.embedding_dim} wide. It must be {width}: `embedding_rank`, or the "
+                "hidden size where the embedding is not factorised."
+            )
         self.embeddings.word_embeddings = value
 
     @can_return_tuple
