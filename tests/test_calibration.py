@@ -612,17 +612,22 @@ SEARCHES = [
     limits=st.tuples(st.floats(0.5, 40.0), st.floats(0.5, 40.0)),
     guarantee=st.booleans(),
 )
+@hypothesis.example(
+    seed=15898, goal="max_disagreement", search=ExitSearch("patience"), limits=(5.0, 7.0), guarantee=False
+)
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_a_bolder_goal_never_saves_less(seed, goal, search, limits, guarantee):
     records = population(240, seed)
     if guarantee:  # each goal chooses the exits to check for itself
         search = dataclasses.replace(search, checked_exits=[1, 2, 3])
     careful, bold = (
-        choose_exit_config(records, DEEP, "accuracy", **{goal: limit}, search=search, guarantee=guarantee).calibration
+        choose_exit_config(records, DEEP, "accuracy", **{goal: limit}, search=search, guarantee=guarantee)
         for limit in sorted(limits)
     )
-    assert bold["speedup_over_full_depth"] >= careful["speedup_over_full_depth"] - 1e-12
-    assert bold["mean_exit_layer"] <= careful["mean_exit_layer"]
+    saved, saved_more = (settings.calibration["speedup_over_full_depth"] for settings in (careful, bold))
+    assert saved_more >= saved - 1e-12
+    if careful.checked_exits == bold.checked_exits:  # other exits may save more on long rows, with more layers a row
+        assert bold.calibration["mean_exit_layer"] <= careful.calibration["mean_exit_layer"]
 
 
 @given(seed=st.integers(0, 10**6), goal=st.sampled_from(GOALS), search=st.sampled_from(SEARCHES), data=st.data())

@@ -86,7 +86,7 @@ def test_a_row_that_leaves_costs_what_torch_counts_up_to_its_exit(checked: list[
     input_ids = torch.ones(1, SEQ, dtype=torch.long)
     spent = cumulative_flops(config, SEQ, checked)
     for leave_at in config.exit_layers if checked is None else {*checked, 5}:
-        threshold = [1.0 if layer == leave_at else 0.0 for layer in config.exit_layers]
+        threshold = [1.0 if layer == leave_at else 1e-9 for layer in config.exit_layers]
         settings = ExitConfig(threshold=threshold, checked_exits=checked)
         assert int(model.predict(input_ids, early_exit=settings).exit_layer) == leave_at
         assert spent[leave_at - 1] == counted_flops(lambda s=settings: model.predict(input_ids, early_exit=s))

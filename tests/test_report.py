@@ -15,7 +15,7 @@ from hf_costeff.charts import draw_pareto_chart
 from hf_costeff.compression_args import CompressionPlan
 from hf_costeff.evaluation import ReportRow
 from hf_costeff.exit_replay import ExitOutcome
-from hf_costeff.report import CompressionResult, describe_hardware, summarize, write_report
+from hf_costeff.report import CompressionResult, describe_hardware, summarize, without_folders, write_report
 from hf_costeff.slenderization import Widths, describe_widths
 
 WIDTHS = Widths((2, 2), (8, 16), 4)
@@ -106,3 +106,12 @@ def test_without_matplotlib_the_chart_is_left_out_with_one_message_and_the_rest_
     write_report(result, CURVE, FACTS)
     assert sorted(path.name for path in result.model_path.iterdir()) == ["SUMMARY.md", "efficiency.json"]
     assert len(messages) == 1 and "pip install hf_costeff[charts]" in messages[0]
+
+
+def test_a_folder_that_is_there_is_told_by_its_last_name_however_it_was_written(tmp_path, monkeypatch):
+    (tmp_path / "me" / "bert").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert without_folders("../me/bert") == "./bert" == without_folders(str(tmp_path / "me" / "bert"))
+    assert without_folders("me/bert") == "me/bert"  # nothing there: a name on the Hub
+    assert without_folders("bert") == "bert" and without_folders(None) is None

@@ -63,13 +63,16 @@ def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts:
 
 
 def without_folders(value: Any) -> Any:
-    """An absolute path as `./name`; anything else as it is.
+    """A path, absolute or there, as `./name`; anything else as it is.
 
     >>> without_folders("/teacher"), without_folders("org/teacher"), without_folders(3)
     ('./teacher', 'org/teacher', 3)
     """
-    is_path = isinstance(value, str) and Path(value).is_absolute()
-    return f"./{Path(value).name}" if is_path else value
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    is_path = path.is_absolute() or (len(path.parts) > 1 and path.exists())  # a bare name tells nothing of folders
+    return f"./{path.name}" if is_path else value
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
