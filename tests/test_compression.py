@@ -32,6 +32,7 @@ from hf_costeff.data import DataArguments
 from hf_costeff.efficiency import count_parameters, full_depth_flops, stock_flops
 from hf_costeff.recipes import RECIPES, Phase, Recipe
 from hf_costeff.report import CompressionResult
+from loopback_hub import LoopbackHub, run_python
 
 WIDE = {"num_labels": 2, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 LABELS = {"id2label": {0: "dull", 1: "bright"}, "label2id": {"dull": 0, "bright": 1}}
@@ -274,14 +275,31 @@ def test_a_finished_run_is_not_repeated_and_takes_another_goal_without_training(
     compress(teacher, make_data(), finished.model_path, compression=2, **SPLIT)  # as it was, for the other tests
 
 
-def test_a_finished_run_is_pushed_when_asked_for(teacher, finished, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(hf_costeff.compression, "push_folder", lambda *given: pushed.append(given))
+PUSHED = """
+import sys
+sys.path[:0] = sys.argv[3:]
+from hf_costeff import compress
+from hf_costeff.recipes import RECIPES
+from test_compression import SPLIT, few_steps, make_data
+RECIPES["fast"] = few_steps
+compress(sys.argv[1], make_data(), sys.argv[2], compression=2, push_to_hub="org/slim", **SPLIT)
+"""
+
+
+def test_a_finished_run_is_pushed_when_asked_for(teacher, finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(hf_costeff.compression, "push_folder", lambda *given: pytest.fail("nobody asked for that"))
     compress(teacher, make_data(), finished.model_path, compression=2, **SPLIT)
-    assert pushed == []
-    compress(teacher, make_data(), finished.model_path, compression=2, push_to_hub="org/slim", **SPLIT)
-    assert pushed == [(finished.model_path, "org/slim")]
-    assert 'from_pretrained("org/slim")' in (finished.model_path / "README.md").read_text()
+    here = Path(__file__).parent
+    with LoopbackHub() as hub:
+        run = run_python(
+            PUSHED, hub.environment(tmp_path), tmp_path, teacher, finished.model_path, here, here.parent / "src"
+        )
+        assert run.returncode == 0, run.stderr
+        files = hub.files("org/slim")
+    assert files["model.safetensors"] == (finished.model_path / "model.safetensors").read_bytes()
+    assert 'from_pretrained("org/slim")' in files["README.md"].decode()
+    assert {"config.json", "modeling_costeff.py", "tokenizer.json", "efficiency.json"} <= set(files)
+    assert not [name for name in files if name.startswith("stages/") or name.endswith(".bin")]
     with pytest.raises(Exception, match="org//slim"):
         compress(teacher, make_data(), finished.model_path, compression=2, push_to_hub="org//slim", **SPLIT)
 
