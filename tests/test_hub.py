@@ -18,7 +18,9 @@ from transformers import AutoModelForSequenceClassification
 
 from helpers import random_batch, tiny_model, word_tokenizer
 from hf_costeff import CostEffConfig, CostEffForSequenceClassification, CostEffModel, ExitConfig
+from hf_costeff.cli import main
 from hf_costeff.hub import MARKER, clear_errors, copy_report, push_folder, write_card
+from hf_costeff.model_card import write_model_card
 from loopback_hub import READER, TOKEN, LoopbackHub, run_python
 from test_house import SOURCE, siblings
 
@@ -329,6 +331,22 @@ def test_the_command_pushes_a_folder_and_prints_where(saved, hub, tmp_path):
     assert set(hub.files("org/slim", "v1")) >= FILES and hub.repos["org/slim"]["private"]
     refused = run_python(COMMAND_PUSH, hub.environment(tmp_path, token=READER), tmp_path, *words)
     assert refused.returncode == 1 and "(status 403)" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_push_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch, capsys):
+    def broken(*given, **options):
+        assert "org/new" in (tmp_path / "README.md").read_text()
+        raise ConnectionError("cut")
+
+    tiny_model().save_pretrained(tmp_path)
+    monkeypatch.setattr("hf_costeff.commands.push.push_folder", broken)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(["push", str(tmp_path), "--repo_id", "org/new"]) == 1 and "cut" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_model_card(tmp_path, "org/old")
+    before["README.md"] = (tmp_path / "README.md").read_bytes()
+    assert main(["push", str(tmp_path), "--repo_id", "org/new"]) == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_trainer_pushes_model_tokenizer_and_card_and_no_pickle_at_any_time(saved, hub, tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ..hub import check_model_folder, push_folder
+from ..hub import CARD, check_model_folder, push_folder
 from ..model_card import write_model_card
 from .command import Command
 
@@ -27,18 +28,27 @@ class PushArguments:
 
 
 def run(wanted: PushArguments) -> str:
-    """Write the card if nobody has written one, push the folder, and say where it is."""
+    """Write the card if nobody has written one, push the folder, and say where it is; a failed push changes nothing."""
     check_model_folder(wanted.model)
+    card = Path(wanted.model) / CARD
+    before = card.read_bytes() if card.exists() else None
     write_model_card(wanted.model, wanted.repo_id, wanted.license)
-    commit = push_folder(
-        wanted.model,
-        wanted.repo_id,
-        commit_message=wanted.commit_message,
-        private=wanted.private or None,
-        token=wanted.token,
-        revision=wanted.revision,
-        create_pr=wanted.create_pr,
-    )
+    try:
+        commit = push_folder(
+            wanted.model,
+            wanted.repo_id,
+            commit_message=wanted.commit_message,
+            private=wanted.private or None,
+            token=wanted.token,
+            revision=wanted.revision,
+            create_pr=wanted.create_pr,
+        )
+    except Exception:
+        if before is None:
+            card.unlink(missing_ok=True)
+        else:
+            card.write_bytes(before)
+        raise
     return f"Pushed to {commit.pr_url or commit.commit_url}"
 
 
