@@ -22,7 +22,7 @@ from hf_costeff.data import DataArguments, make_collator, prepare_data
 from hf_costeff.efficiency import PAPER_SEQ_LENGTH, stock_flops
 from hf_costeff.evaluation import collect_exit_logits
 from hf_costeff.exit_criteria import answers, simulate_exits
-from hf_costeff.exit_replay import ExitLogits, exit_outcome
+from hf_costeff.exit_replay import ExitLogits, ExitReplay
 from hf_costeff.metrics import METRICS, paired_bootstrap
 
 PAPER_RATIO = 19
@@ -145,7 +145,7 @@ def best_at_flops(
     settings = choose_exit_config(
         calibration, config, metric, target_speedup=1.0, reference_flops=budget, search=search
     )
-    outcome = exit_outcome(validation, settings, config, metric)
+    outcome = ExitReplay(validation, config).outcome(settings, metric)
     return {
         "metric": metric,
         "early_exit": outcome.metric,

@@ -24,7 +24,7 @@ from hf_costeff.calibration import (
     fit_temperatures,
 )
 from hf_costeff.exit_criteria import ExitConfig, simulate_exits
-from hf_costeff.exit_replay import ExitLogits, ExitReplay, exit_outcome
+from hf_costeff.exit_replay import ExitLogits, ExitOutcome, ExitReplay
 from hf_costeff.guarantees import split_rows
 
 choose = partial(choose_exit_config, search=ExitSearch(fit_temperatures=False))  # thresholds worked by hand
@@ -40,6 +40,10 @@ ROWS = [(0.99, True)] * 4 + [(0.95, False)] + [(0.9, True)] * 3 + [(0.8, False)]
 def logits_for(probability: float, answer: int) -> list[float]:
     logit = math.log(probability / (1 - probability))
     return [0.0, logit] if answer else [logit, 0.0]
+
+
+def exit_outcome(records: ExitLogits, settings: ExitConfig | None, config, metric: str) -> ExitOutcome:
+    return ExitReplay(records, config).outcome(settings, metric)
 
 
 def records_of(rows, last_right=None) -> ExitLogits:

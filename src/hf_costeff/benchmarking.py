@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from .charts import new_figure
 from .efficiency import layer_flops, mean_flops, measure_alternating, stock_flops
 from .evaluation import Collator, Contender, collect_exit_logits
-from .exit_criteria import REGRESSION, SINGLE_LABEL, ExitConfig, answers
+from .exit_criteria import REGRESSION, SINGLE_LABEL, ExitConfig, answers, same_answers
 from .exit_replay import ExitLogits, ExitReplay, stored_settings
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification
 from .report import describe_hardware
@@ -288,7 +288,7 @@ def _agreement(contender: Contender, exact: Contender, batches: Sequence[Mapping
         torch.cat([answers(one.answer(batch).logits.float().cpu(), problem_type) for batch in batches])
         for one in (contender, exact)
     )
-    return float((ours == theirs).reshape(len(ours), -1).all(-1).float().mean())
+    return float(same_answers(ours, theirs, problem_type).float().mean())
 
 
 def _peak_memory_mb(contender: Contender, batches: Sequence[Mapping[str, Tensor]], device: str) -> float | None:

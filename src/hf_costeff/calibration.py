@@ -200,7 +200,7 @@ def exit_curve(records: ExitLogits, config: CostEffConfig, metric: str) -> list[
     Args:
         records: Logits of all exits, with labels.
         config: The model's.
-        metric: See [`exit_outcome`].
+        metric: See `hf_costeff.metrics.METRICS`.
     """
     replay = ExitReplay(records, config)
     outcomes = (replay.outcome(settings, metric) for settings in curve_settings(records, config))

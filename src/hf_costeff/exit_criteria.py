@@ -95,6 +95,25 @@ def answers(logits: Tensor, problem_type: str) -> Tensor:
     return (logits > 0).float() if problem_type == MULTI_LABEL else logits.argmax(dim=-1)
 
 
+def same_answers(found: Tensor, others: Tensor, problem_type: str) -> Tensor:
+    """Whether answers are the same, row by row; a multi-label answer is the whole set of labels.
+
+    Args:
+        found: From [`answers`], shape (...) or, for multi-label, (..., labels).
+        others: Answers or true labels of the same shape, or one that spreads to it.
+        problem_type: As upstream's `config.problem_type`.
+
+    Returns:
+        Booleans, shape (...).
+
+    Example:
+        >>> same_answers(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]), "multi_label_classification")
+        tensor([False])
+    """
+    same = found == others
+    return same.all(-1) if problem_type == MULTI_LABEL else same
+
+
 def answer_confidence(chances: Tensor, problem_type: str) -> Tensor | None:
     """How probable the answer is: its own probability, or that of the least sure label.
 

@@ -11,7 +11,15 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from .class_outcomes import ClassOutcome
-from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers, decision_log_probabilities, spread
+from .exit_criteria import (
+    MULTI_LABEL,
+    REGRESSION,
+    ExitConfig,
+    answers,
+    decision_log_probabilities,
+    same_answers,
+    spread,
+)
 from .exit_replay import ExitReplay
 from .metrics import METRICS
 
@@ -199,8 +207,8 @@ def length_outcomes(replay: ExitReplay, settings: ExitConfig) -> list[ClassOutco
 
 
 def _right(replay: ExitReplay, logits: Tensor) -> np.ndarray:
-    same = answers(logits, replay.problem_type).numpy() == replay.records.known_labels()
-    return same.all(-1) if same.ndim == 2 else same
+    labels = torch.from_numpy(replay.records.known_labels())
+    return same_answers(answers(logits, replay.problem_type), labels, replay.problem_type).numpy()
 
 
 def flipped_rows(replay: ExitReplay, settings: ExitConfig) -> list[int]:
@@ -213,4 +221,4 @@ def flipped_rows(replay: ExitReplay, settings: ExitConfig) -> list[int]:
     if replay.problem_type == REGRESSION:
         return []
     full, early = (answers(e.logits, replay.problem_type) for e in (replay.full_depth, replay.at(settings)))
-    return torch.nonzero((full != early).flatten(1).any(-1) if full.ndim == 2 else full != early).flatten().tolist()
+    return torch.nonzero(~same_answers(full, early, replay.problem_type)).flatten().tolist()

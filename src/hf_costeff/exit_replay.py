@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .configuration_costeff import CostEffConfig
 from .efficiency import mean_flops
-from .exit_criteria import MULTI_LABEL, ExitConfig, ThresholdCriterion, answers, simulate_exits, spread
+from .exit_criteria import MULTI_LABEL, ExitConfig, ThresholdCriterion, answers, same_answers, simulate_exits, spread
 from .metrics import METRICS
 
 
@@ -174,17 +174,12 @@ class ExitReplay:
             goal: `"max_accuracy_drop"`: full depth is right and the exit wrong. Otherwise: the exit's answer differs
                 from full depth's. A multi-label answer is the whole set of labels.
         """
-        answered = answers(self.records.logits, self.problem_type).numpy()
+        answered = answers(self.records.logits, self.problem_type)
         if goal != "max_accuracy_drop":
-            return _differ(answered, answered[:, -1:])
-        labels = self.records.known_labels()[:, None]
-        wrong = _differ(answered, labels > 0.5 if self.problem_type == MULTI_LABEL else labels)
-        return wrong & ~wrong[:, -1:]
-
-
-def _differ(answered: np.ndarray, others: np.ndarray) -> np.ndarray:
-    different = answered != others
-    return different.any(-1) if different.ndim == 3 else different
+            return (~same_answers(answered, answered[:, -1:], self.problem_type)).numpy()
+        labels = torch.from_numpy(self.records.known_labels())[:, None]
+        wrong = ~same_answers(answered, labels > 0.5 if self.problem_type == MULTI_LABEL else labels, self.problem_type)
+        return (wrong & ~wrong[:, -1:]).numpy()
 
 
 def stored_settings(config: CostEffConfig) -> ExitConfig:
@@ -196,18 +191,3 @@ def stored_settings(config: CostEffConfig) -> ExitConfig:
     if config.exit_config is None:
         raise ValueError("The model has no exit settings. Choose some first: `hf-costeff calibrate`.")
     return ExitConfig.from_dict(config.exit_config)
-
-
-def exit_outcome(records: ExitLogits, settings: ExitConfig | None, config: CostEffConfig, metric: str) -> ExitOutcome:
-    """Replay exit settings on stored logits.
-
-    Args:
-        records: Logits of all exits, with labels.
-        settings: Criterion and threshold; `None` for full depth, with the last exit alone executed.
-        config: The model's.
-        metric: A metric of the problem type, see `hf_costeff.metrics.METRICS`.
-
-    Returns:
-        Metric and cost.
-    """
-    return ExitReplay(records, config).outcome(settings, metric)

@@ -33,6 +33,7 @@ from .exit_criteria import (
     answers,
     decision_log_probabilities,
     normalized_entropy,
+    same_answers,
 )
 from .metrics import compute_metrics
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
@@ -428,8 +429,8 @@ def compare_int8(exact: Path, quantized: Path, rows: Dataset, problem_type: str)
     logits = {name: torch.tensor([answer["logits"] for answer in answered]) for name, answered in found.items()}
     agreement = None
     if problem_type in (SINGLE_LABEL, MULTI_LABEL):
-        same = answers(logits["fp32"], problem_type) == answers(logits["int8"], problem_type)
-        agreement = float(same.flatten(1).all(-1).float().mean() if same.ndim == 2 else same.float().mean())
+        exact_answers, int8_answers = (answers(values, problem_type) for values in logits.values())
+        agreement = float(same_answers(exact_answers, int8_answers, problem_type).float().mean())
     metrics: dict[str, dict[str, float] | None] = {"fp32": None, "int8": None}
     if "labels" in rows.column_names:
         labels = np.array(rows["labels"])

@@ -289,7 +289,7 @@ class TrainingCard:
 def public_name(name: str | None) -> str | None:
     """A name that the Hub could know; `None` for a folder here, a path, or nothing.
 
-    >>> public_name("org/bert"), public_name("/home/me/bert"), public_name("")
+    >>> public_name("org/bert"), public_name("/bert"), public_name("")
     ('org/bert', None, None)
     """
     return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
