@@ -473,8 +473,8 @@ def test_a_token_that_may_not_write_is_told_so_and_how_to_get_one(token, status,
 )
 def test_only_a_refusal_is_told_as_one(status, expected):
     # A stand-in for the HTTP library's response: which library that is changes with the Hub client's version.
-    response = SimpleNamespace(status_code=status, headers={}, request=SimpleNamespace(url="https://hub", method="POST"))
-    refused = HfHubHTTPError("refused", response=response)
+    request = SimpleNamespace(url="https://hub", method="POST")
+    refused = HfHubHTTPError("refused", response=SimpleNamespace(status_code=status, headers={}, request=request))
     with pytest.raises(expected) as caught, clear_errors("org/slim"):
         raise refused
     assert type(caught.value) is expected and ("hf auth login" in str(caught.value)) == (status < 500)
