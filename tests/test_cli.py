@@ -66,6 +66,15 @@ def test_every_command_lists_its_flags(command, capsys):
     assert all(action.option_strings[0] in out for action in COMMANDS[command].parser()._actions)
 
 
+def test_a_flag_that_switches_off_says_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        out.count("Quote the texts whose answer changes.") == 1 and "--no_texts, --no-texts Switch --texts off." in out
+    )
+
+
 def test_a_missing_flag_is_a_mistake_in_the_call(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["compress", "--output_dir", "x"])

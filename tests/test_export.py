@@ -291,7 +291,7 @@ def test_a_model_or_tokenizer_that_cannot_travel_is_refused(model, tmp_path):
 @pytest.mark.parametrize("name", ["onnx", "onnxruntime"])
 def test_a_missing_library_is_named_with_the_remedy(model, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=rf"needs {name}, .*pip install hf_costeff\[onnx\]"):
+    with pytest.raises(ValueError, match=rf"needs {name}, .*`pip install onnx onnxruntime`"):
         export_onnx(model, word_tokenizer(), tmp_path)
 
 

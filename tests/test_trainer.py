@@ -585,6 +585,23 @@ def test_class_weights_need_one_entry_per_label(tmp_path):
         make_trainer(tmp_path, class_weights=[1.0, 2.0])
 
 
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ({"num_labels": 1}, {"class_weights": [2.0]}, r"`class_weights` is \[2\.0\], and regression has no classes"),
+        ({"num_labels": 1}, {"label_smoothing_factor": 0.1}, r"factor` is 0\.1.* this is regression\. Set it to 0"),
+        (
+            {"problem_type": "multi_label_classification"},
+            {"label_smoothing_factor": 0.1},
+            "this is multi_label_classification",
+        ),
+    ],
+)
+def test_settings_of_classes_are_refused_where_the_loss_would_ignore_them(model, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=tiny_model(**model), **settings)
+
+
 def test_the_arguments_are_command_line_flags(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--task_weight", "0.5", "--class_weights", "1", "2", "--temperature", "2"]
     (arguments,) = HfArgumentParser(CostEffTrainingArguments).parse_args_into_dataclasses(flags)

@@ -1,4 +1,4 @@
-"""Figures where people would rather look than read; matplotlib is optional (`pip install hf_costeff[charts]`)."""
+"""Figures where people would rather look than read; matplotlib is optional (`pip install matplotlib`)."""
 
 from __future__ import annotations
 
@@ -118,6 +118,6 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("No chart: matplotlib is not installed. Run `pip install hf_costeff[charts]`.")
+        logger.warning("No chart: matplotlib is not installed. Run `pip install matplotlib`.")
         return None
     return Figure(figsize=(width, height), layout="constrained")

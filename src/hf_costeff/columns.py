@@ -1,6 +1,6 @@
 """Which columns hold the texts and the labels, and what the labels mean to the model.
 
-What is wrong with a column is said here, with the split and the row named; row numbers count from 0.
+What is wrong with a column is said here, with the split and the row named, and how rows are counted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 logger = logging.getLogger(__name__)
 
+COUNTING = "Rows count from 0, without header and blank lines."
 TEXT_PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -78,7 +79,7 @@ class LabelInfo:
                 encoded.append(one(value))
             except _BadLabel as error:
                 raise ValueError(
-                    f"The label of row {row} in split '{split}' is {value!r}: {error} Correct or remove it."
+                    f"The label of row {row} in split '{split}' is {value!r}: {error} Correct or remove it. {COUNTING}"
                 ) from None
         return encoded
 
@@ -234,7 +235,7 @@ def check_texts(dataset: Dataset, columns: Columns, split: str | None = None) ->
             if not isinstance(text, str):
                 raise ValueError(
                     f"The text in column {name!r}, row {row}{place} is {text!r}. Texts must be strings: remove the "
-                    "row, write an empty string, or name another column with `text_columns`."
+                    f"row, write an empty string, or name another column with `text_columns`. {COUNTING}"
                 )
 
 

@@ -22,10 +22,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -34,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .calibration import exit_curve
+from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
 from .checksums import fingerprint, fingerprint_of
 from .class_outcomes import class_outcomes
 from .compression_args import CompressionArguments, CompressionPlan
@@ -152,7 +150,7 @@ class Compression:
         """Look at the teacher's config; nothing is loaded or written yet.
 
         Raises:
-            ValueError: If the teacher's architecture is not supported.
+            ValueError: If the teacher's architecture is not supported, or `pretrained` is of another shape.
         """
         self.arguments = arguments
         self.data_arguments = data_arguments
@@ -161,6 +159,8 @@ class Compression:
         self.processing_class = processing_class
         self.teacher_config = teacher.config if teacher is not None else load_config(arguments.teacher)
         self.full_config = convert_config(self.teacher_config, exit_layers=arguments.exit_layers)
+        if arguments.pretrained is not None:
+            check_same_shape(load_config(arguments.pretrained), self.teacher_config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = {"auto": bf16_pays(self.device), "fp32": False, "bf16": True}[arguments.precision]
 
@@ -269,7 +269,7 @@ class Compression:
                 f"The teacher is a {type(self.given_teacher).__name__} in memory that was not loaded from anywhere, so "
                 "its tokenizer is unknown. Pass it: compress(..., processing_class=tokenizer)."
             )
-        return AutoTokenizer.from_pretrained(self.arguments.teacher)
+        return load_tokenizer(self.arguments.teacher)
 
     def _check_reachable(self, plan: CompressionPlan) -> None:
         """Refuse a speed-up that even leaving at the first exit cannot give, before anything is trained."""
@@ -292,16 +292,14 @@ class Compression:
                 )
             self.teacher_fingerprint = fingerprint_of(self.given_teacher)
             return self.given_teacher.to(self.device)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            self.arguments.teacher, dtype=torch.float32, output_loading_info=True
-        )
-        self.teacher_fingerprint = fingerprint_of(model, without=report["missing_keys"])
-        if not report["missing_keys"]:
+        model, missing = load_unfinished_classifier(self.arguments.teacher, dtype=torch.float32)
+        self.teacher_fingerprint = fingerprint_of(model, without=missing)
+        if not missing:
             return self._prepared(model)
         if not self.arguments.fine_tune_teacher:
             raise ValueError(
                 f"The teacher {self.arguments.teacher} has no classification head (missing: "
-                f"{', '.join(sorted(report['missing_keys']))}), and fine-tuning is switched off. Name a fine-tuned "
+                f"{', '.join(missing)}), and fine-tuning is switched off. Name a fine-tuned "
                 "checkpoint, or leave fine_tune_teacher on."
             )
         return None
@@ -443,7 +441,6 @@ class Compression:
             source = AutoModelForSequenceClassification.from_pretrained(
                 self.arguments.pretrained, num_labels=self.data.num_labels, dtype=torch.float32
             )
-        check_same_shape(source.config, self.teacher_config)
         model = convert_from_stock(
             source,
             exit_layers=self.arguments.exit_layers,
@@ -593,22 +590,6 @@ class Compression:
         if self.arguments.push_to_hub is not None:
             push_folder(result.model_path, self.arguments.push_to_hub)
         return result
-
-
-def load_config(name: str) -> PreTrainedConfig:
-    """The config of a checkpoint.
-
-    Raises:
-        ValueError: If there is no such checkpoint, saying where it was looked for.
-    """
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        here = "" if Path(name).exists() else " (there is no local folder of that name)"
-        raise ValueError(
-            f"The checkpoint {name!r}{here} cannot be loaded: {error} "
-            "Give a Hub id, or a local folder with a config.json."
-        ) from error
 
 
 def _resolved(name: str | None) -> str | None:

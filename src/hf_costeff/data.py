@@ -2,7 +2,7 @@
 
 The steps are plain functions, each usable alone: `load_splits` -> `find_columns` -> `resolve_labels` ->
 `encode_labels` -> `hold_out` -> `tokenize`; `prepare_data` runs them all. What is wrong with the data is found here,
-with the split and the row named, before anything is trained. Row numbers in errors count from 0.
+with the split and the row named, before anything is trained.
 """
 
 from __future__ import annotations

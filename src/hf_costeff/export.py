@@ -188,7 +188,7 @@ def _require_libraries() -> None:
             __import__(name)
         except ImportError:
             raise ValueError(
-                f"Export needs {name}, which is not installed. Run `pip install hf_costeff[onnx]`."
+                f"Export needs {name}, which is not installed. Run `pip install onnx onnxruntime`."
             ) from None
 
 

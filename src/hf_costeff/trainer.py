@@ -21,6 +21,7 @@ from .augmentation import replace_tokens
 from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig
 from .efficiency import count_parameters
+from .exit_criteria import REGRESSION, SINGLE_LABEL
 from .hub import push_folder, write_card
 from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
 from .metrics import compute_metrics as default_metrics
@@ -123,7 +124,8 @@ class CostEffTrainer(ResumableTrainer):
 
     Raises:
         ValueError: If teacher and student disagree in labels, or in hidden width while representations are trained; if
-            tokens are to be replaced without a teacher or a tokenizer, or beside true labels.
+            tokens are to be replaced without a teacher or a tokenizer, or beside true labels; or if `class_weights` or
+            label smoothing do not go with the kind of problem.
     """
 
     loss_is_scaled_for_ga = False  # every part is a mean over its batch
@@ -161,12 +163,23 @@ class CostEffTrainer(ResumableTrainer):
                     f"{config.hidden_size}: their representations cannot be compared. Set representation_weight=0, "
                     "or use a teacher of equal width."
                 )
-        if args.class_weights is not None and len(args.class_weights) != config.num_labels:
-            raise ValueError(f"`class_weights` has {len(args.class_weights)} entries for {config.num_labels} labels.")
+        self._check_class_settings()
         if args.token_replacement_rate:
             self._check_token_replacement()
         self._logged_parts: dict[str, Tensor] = {}
         self._logged_steps = 0
+
+    def _check_class_settings(self) -> None:
+        problem_type, weights = self.model.config.resolved_problem_type, self.args.class_weights
+        if weights is not None and problem_type == REGRESSION:
+            raise ValueError(f"`class_weights` is {weights}, and regression has no classes. Leave it out.")
+        if weights is not None and len(weights) != self.model.config.num_labels:
+            raise ValueError(f"`class_weights` has {len(weights)} entries for {self.model.config.num_labels} labels.")
+        if (smoothing := self.args.label_smoothing_factor) and problem_type != SINGLE_LABEL:
+            raise ValueError(
+                f"`label_smoothing_factor` is {smoothing}, and spreads one right label over the others; this is "
+                f"{problem_type}. Set it to 0."
+            )
 
     def _check_token_replacement(self) -> None:
         if self.teacher is None or self.loss_weights["task_loss"]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForSequenceClassification
-
 from ..benchmarking import PRECISIONS, BenchmarkGrid, benchmark, choose_exits, write_benchmark
-from ..compression import load_config
+from ..checkpoints import load_classifier
 from ..data import DataArguments, make_collator, prepare_split
 from .command import Command, load_slim, writable_folder
 
@@ -73,8 +71,7 @@ def run(wanted: BenchmarkArguments, data: DataArguments) -> str:
             "as they were; `hf-costeff calibrate` chooses both anew."
         )
     if wanted.teacher is not None:
-        load_config(wanted.teacher)
-        teacher = AutoModelForSequenceClassification.from_pretrained(wanted.teacher)
+        teacher = load_classifier(wanted.teacher)
         found = benchmark(model, teacher, rows, collator, grid)
         said += [write_benchmark(found, wanted.output_dir), f"Figures and charts are in {wanted.output_dir}."]
     return "\n\n".join(said)

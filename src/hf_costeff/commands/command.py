@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
-from ..compression import load_config
+from ..checkpoints import load_classifier, load_config, load_tokenizer
 from ..modeling_costeff import CostEffForSequenceClassification
 
 
@@ -33,7 +33,11 @@ class Command:
 
     def parser(self) -> HfArgumentParser:
         """The parser of its flags."""
-        return HfArgumentParser(list(self.arguments), prog=f"hf-costeff {self.name}")
+        parser = HfArgumentParser(list(self.arguments), prog=f"hf-costeff {self.name}")
+        for action in parser._actions:
+            if action.option_strings[0] == f"--no_{action.dest}":  # upstream gives it the help of its opposite
+                action.help = f"Switch --{action.dest} off."
+        return parser
 
     def __call__(self, words: Sequence[str]) -> str:
         """Parse the words after the command's name, run it, and return what to print.
@@ -61,23 +65,23 @@ def load_slim(name: str) -> tuple[CostEffForSequenceClassification, PreTrainedTo
         name: Local folder or Hub id.
 
     Raises:
-        ValueError: If it is not there, or has no exits.
+        ValueError: If it is not there, cannot be read, or has no exits.
     """
-    load_config(name)
-    model = AutoModelForSequenceClassification.from_pretrained(name)
+    model = load_classifier(name)
     if not isinstance(model, CostEffForSequenceClassification):
         raise ValueError(
             f"{name} is a {model.config.model_type} model without exits. Compress it first: hf-costeff compress."
         )
-    return model, AutoTokenizer.from_pretrained(name)
+    return model, load_tokenizer(name)
 
 
 def writable_folder(name: str, output_dir: str | None) -> str:
     """Where a changed model goes: `output_dir`, or back to the local folder it came from.
 
     Raises:
-        ValueError: If it came from the Hub and no folder is named.
+        ValueError: If it came from the Hub and no folder is named, or there is no such checkpoint.
     """
     if output_dir is None and not Path(name).is_dir():
+        load_config(name)
         raise ValueError(f"{name} is not a local folder, so the result cannot go back. Give --output_dir.")
     return output_dir or name

@@ -1,0 +1,112 @@
+"""Checkpoints by their names: the one place that loads them and says what is wrong with a name, a folder or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+SHOWN = 3
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint.
+
+    Args:
+        name: Local folder or Hub id; so below.
+
+    Raises:
+        ValueError: If there is no such checkpoint, saying where it was looked for.
+    """
+    with _clear_errors(name, "checkpoint", "Give a Hub id, or a local folder with a config.json."):
+        return AutoConfig.from_pretrained(name)
+
+
+def load_classifier(name: str) -> PreTrainedModel:
+    """A sequence classifier, all of whose weights were saved.
+
+    Raises:
+        ValueError: If there is no such checkpoint, it cannot be read, or it lacks weights.
+    """
+    model, missing = load_unfinished_classifier(name)
+    if missing:
+        raise ValueError(
+            f"The checkpoint {name!r} lacks weights that its config calls for: {_some(missing)}. Without them its "
+            "answers mean nothing. Give a fine-tuned classifier, saved as a whole."
+        )
+    return model
+
+
+def load_unfinished_classifier(name: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence classifier that may still need its head.
+
+    Args:
+        name: Local folder or Hub id.
+        **options: As for `from_pretrained`.
+
+    Returns:
+        The model, and the names of the weights that were not saved with it and are random.
+
+    Raises:
+        ValueError: If there is no such checkpoint, it cannot be read, or weights do not fit its config.
+    """
+    load_config(name)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _clear_errors(name, "checkpoint", "Save it again, or copy or download it anew."):
+        model, report = AutoModelForSequenceClassification.from_pretrained(name, **options)
+    if unfit := sorted(report["mismatched_keys"]):
+        found = [f"{weight} is {tuple(saved)}, not {tuple(wanted)}" for weight, saved, wanted in unfit]
+        raise ValueError(
+            f"The weights of {name!r} do not fit its config: {_some(found)}. Use the config.json that was saved with "
+            "them."
+        )
+    return model, sorted(report["missing_keys"])
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        ValueError: If there is none, or it cannot be read.
+    """
+    remedy = f"Save the one the model was trained with beside it: tokenizer.save_pretrained({name!r})."
+    with _clear_errors(name, "tokenizer of", remedy):
+        return AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _clear_errors(name: str, what: str, remedy: str) -> Iterator[None]:
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name!r} is a file. Give the folder it lies in: {str(path.parent)!r}.")
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        here = "" if path.exists() else f" (there is no local folder of that name{_nearest(path)})"
+        said = " ".join(str(error).split()).rstrip(".!")
+        raise ValueError(f"The {what} {name!r}{here} cannot be loaded: {said}. {remedy}") from error
+
+
+def _some(things: Sequence[str]) -> str:
+    more = f" and {len(things) - SHOWN} more" if len(things) > SHOWN else ""
+    return f"{', '.join(things[:SHOWN])}{more}"
+
+
+def _nearest(path: Path) -> str:
+    """The model folder that may have been meant."""
+    names = [config.parent.name for config in path.parent.glob("*/config.json")]
+    near = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
