@@ -27,7 +27,8 @@ TIERS = {
     1: "augmentation conversion importance slenderization losses block_pruning efficiency calibration exit_replay "
     "guarantees metrics class_outcomes exit_quality monitoring",
     2: "markdown training_args trainer checkpoints checksums data columns evaluation recipes distillation "
-    "compression_args stages compression report exit_report charts prediction difficulty model_card onnx_runner export benchmarking",
+    "compression_args stages compression report exit_report charts prediction difficulty model_card onnx_runner "
+    "export benchmarking",
     3: "commands cli",
 }
 TIER = {name: tier for tier, names in TIERS.items() for name in names.split()}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from configparser import ConfigParser
+from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 import torch
 
+import demo
+import hf_costeff
 from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from space.comparison import EARLY, FULL, MAX_TEXTS, TEACHER, SideBySide, read_texts, render
 
@@ -165,43 +169,130 @@ def test_models_that_do_not_go_together_are_refused(folder, models, tmp_path):
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="module")
-def address(folder, tmp_path_factory):
-    """The app as a user starts it, with one command."""
+OWN = ("MODEL", "TEACHER", "ROWS")
+
+
+@contextmanager
+def running(script: Path, words: Sequence[object], folder: Path, **variables: str) -> Iterator[tuple[str, str]]:
+    """The app as a user starts it, with one command in a folder: its address, and what it has printed."""
     pytest.importorskip("gradio")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "app"
-    words = ["--model", folder / "slim", "--teacher", folder / "teacher", "--rows", folder / "rows.csv", "--port", port]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    kept = {name: value for name, value in os.environ.items() if name not in OWN}
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(script), *map(str, words)]
+    log = folder / "log"
     with open(log, "w") as out:
-        app = subprocess.Popen([sys.executable, APP, *map(str, words)], stdout=out, stderr=out, env=environment)
-    url = f"http://127.0.0.1:{port}/"
+        started = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env={**kept, **settings, **variables})
     try:
         for _ in range(240):
-            try:
-                urllib.request.urlopen(url, timeout=5).close()
+            if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
                 break
-            except (URLError, OSError):
-                assert app.poll() is None, log.read_text()
-                time.sleep(0.5)
-        yield url
+            assert started.poll() is None, log.read_text()
+            time.sleep(0.5)
+        yield f"{found[0]}/", log.read_text()
     finally:
-        app.terminate()
-        app.wait(30)
+        started.terminate()
+        started.wait(30)
+
+
+@pytest.fixture
+def app(monkeypatch):
+    """The script as a module."""
+    pytest.importorskip("gradio")
+    monkeypatch.syspath_prepend(str(APP.parent))
+    for name in OWN:
+        monkeypatch.delenv(name, raising=False)
+    return importlib.import_module("app")
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    words = ["--model", folder / "slim", "--teacher", folder / "teacher", "--rows", folder / "rows.csv"]
+    with running(APP, words, folder) as (url, _):
+        yield url
+
+
+def ask(address: str, typed: str, budget: float) -> ElementTree.Element:
+    """The answer that the page would show."""
+    from gradio_client import Client
+
+    return ElementTree.fromstring(Client(address, verbose=False).predict(typed, budget, api_name="/answer"))
+
+
+def test_without_flags_it_shows_what_the_demo_leaves(app, tmp_path):
+    """Two folders under build/demo, where `make demo` puts them; held-out rows are generated as the demo's."""
+    labels = dict(enumerate(demo.LABEL_NAMES))
+    for name, make in (("model", tiny_model), ("teacher", tiny_bert)):
+        make(num_labels=2, id2label=labels).save_pretrained(tmp_path / app.DEMO / name)
+        word_tokenizer().save_pretrained(tmp_path / app.DEMO / name)
+    with running(APP, [], tmp_path) as (address, _):
+        shown = ask(address, app.EXAMPLES, 0.5)
+    assert [p.text for p in shown.iter("p") if p.get("class") == "text"] == app.EXAMPLES.splitlines()
+    assert {b.text for b in shown.iter("b") if b.text} <= set(labels.values())
+    assert "On 1,000 held-out rows" in next(p.text for p in shown.iter("p") if p.get("class") == "note")
+
+
+def test_the_demo_leaves_its_models_where_the_page_looks(app, monkeypatch, tmp_path):
+    asked = {}
+
+    def compress(teacher, splits, output_dir, **options):
+        asked.update(teacher=Path(teacher), model=Path(output_dir), rows=splits[options["calibration_split"]])
+        raise KeyboardInterrupt  # all that is to be seen here
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "compress", compress)
+    monkeypatch.setattr(demo, "train_teacher", lambda *given: None)
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    with pytest.raises(KeyboardInterrupt):
+        demo.main()
+    asked["model"].mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    given = app.parse()
+    assert (Path(given.model), Path(given.teacher)) == (asked["model"], asked["teacher"])
+    assert list(given.rows) == list(asked["rows"])
+
+
+@pytest.mark.slow
+def test_as_a_space_it_runs_from_its_own_folder_with_the_package_beside_it(folder, tmp_path):
+    """As docs/how-to/space.md puts it together: only what requirements.txt names is installed there."""
+    place = tmp_path / "space"
+    shutil.copytree(APP.parent, place)
+    shutil.copytree(Path(hf_costeff.__file__).parent, place / "hf_costeff")
+    shutil.copy(folder / "rows.csv", place)
+    with open(place / "hf_costeff" / "__init__.py", "a") as file:
+        file.write("print('the copy is in use')\n")
+    variables = {"MODEL": str(folder / "slim"), "TEACHER": str(folder / "teacher"), "ROWS": "rows.csv"}
+    with running(place / "app.py", [], place, **variables, PYTHONPATH="") as (address, printed):
+        assert "the copy is in use" in printed
+        assert len(list(ask(address, "a good film", 0).iter("section"))) == 1
+
+
+def test_a_spaces_requirements_are_those_of_the_package_and_the_page():
+    settings = ConfigParser()
+    settings.read(APP.parents[2] / "setup.cfg")
+    needed = settings["options"]["install_requires"] + settings["options.extras_require"]["space"]
+    lines = (APP.parent / "requirements.txt").read_text().splitlines()
+    assert sorted(line for line in lines if not line.startswith("#")) == sorted(needed.split())
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(app, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["app.py", "--model", "nowhere", "--rows", "rows.csv"])
+    with pytest.raises(SystemExit, match=r"^app\.py: The checkpoint 'nowhere' \(there is no local folder"):
+        app.main()
 
 
 @pytest.mark.parametrize(
     ("words", "advice"),
     [([], "build/demo/model is not there. Run `make demo` first"), (["--model", "org/slim"], "--rows is missing")],
 )
-def test_without_the_demos_model_or_rows_of_your_own_the_app_says_what_to_do(words, advice, tmp_path):
-    pytest.importorskip("gradio")
-    own = ("MODEL", "TEACHER", "ROWS")
-    environment = {name: value for name, value in os.environ.items() if name not in own}
-    app = subprocess.run([sys.executable, APP, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert app.returncode == 2 and advice in " ".join(app.stderr.split())
+def test_without_the_demos_model_or_rows_of_your_own_the_app_says_what_to_do(
+    words, advice, app, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["app.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        app.parse()
+    assert stop.value.code == 2 and advice in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture

@@ -82,7 +82,11 @@ def build(models: SideBySide) -> gr.Blocks:
 
 def main() -> None:
     given = parse()
-    page = build(SideBySide.load(given.model, given.teacher, given.rows))
+    try:
+        models = SideBySide.load(given.model, given.teacher, given.rows)
+    except ValueError as error:
+        sys.exit(f"app.py: {error}")
+    page = build(models)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # the default ones need the network
     page.launch(
         server_port=given.port,

@@ -9,10 +9,11 @@ from html import escape
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_costeff import CostEffForSequenceClassification, ExitConfig
 from hf_costeff.calibration import choose_exit_config, describe_seen
+from hf_costeff.checkpoints import load_classifier, load_tokenizer
 from hf_costeff.data import make_collator, prepare_split
 from hf_costeff.efficiency import measure_alternating
 from hf_costeff.evaluation import Contender, collect_exit_logits
@@ -69,10 +70,8 @@ class SideBySide:
     @classmethod
     def load(cls, slim: str, teacher: str, rows: str | Dataset) -> SideBySide:
         """From folders or Hub ids, and rows in a file (csv, tsv, json, jsonl, parquet) or a data set."""
-        tokenizer = AutoTokenizer.from_pretrained(slim)
-        student, master = (
-            AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32) for name in (slim, teacher)
-        )
+        student, master = (load_classifier(name).float() for name in (slim, teacher))
+        tokenizer = load_tokenizer(slim)
         if not isinstance(student, CostEffForSequenceClassification):
             raise ValueError(f"{slim} is a {student.config.model_type} model without exits. Compress it first.")
         held_out = prepare_split(

@@ -21,8 +21,8 @@ class CostEffTrainingArguments(TrainingArguments):
         token_replacement_rate: Probability that an ordinary token of a training text is replaced by another of its
             batch, in 0..1, see [`hf_costeff.augmentation.replace_tokens`]. Teacher and student see the same changed
             text, so it needs a teacher, the tokenizer as `processing_class`, and no weight on the true labels.
-        class_weights: Weight of each class in the task loss, one per label (with several labels per text, of each label's
-            positive rows); `None` weighs all alike. Not for regression.
+        class_weights: Weight of each class in the task loss, one per label (with several labels per text, of each
+            label's positive rows); `None` weighs all alike. Not for regression.
 
     Raises:
         ValueError: For a weight below 0, a ratio or rate outside 0..1 or a temperature that is not above 0.
