@@ -6,6 +6,8 @@ Loading and pushing run in fresh processes: what is imported there, and which Hu
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +20,8 @@ from transformers import AutoModelForSequenceClassification
 from helpers import random_batch, tiny_model, word_tokenizer
 from hf_costeff import CostEffConfig, CostEffForSequenceClassification, CostEffModel, ExitConfig
 from hf_costeff.cli import main
-from hf_costeff.hub import MARKER, clear_errors, copy_report, push_folder, write_card
-from hf_costeff.model_card import write_model_card
+from hf_costeff.hub import MARKER, clear_errors, code_files, copy_report, push_folder, write_card
+from hf_costeff.model_card import how_to_use, write_model_card
 from loopback_hub import READER, TOKEN, LoopbackHub, run_python
 from test_house import SOURCE, siblings
 
@@ -36,6 +38,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_costeff.CostEffForSequenceClassification",
 }
 INPUTS = random_batch([7, 3, 11, 2, 9, 5])
+OWN_SCRIPT = "own_script.py"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def saved(tmp_path_factory) -> Path:
     word_tokenizer().save_pretrained(root / "slim")
     (root / "slim" / "README.md").write_text("---\nlibrary_name: transformers\ntags:\n- mine\n---\n\n# Our card\n")
     (root / "slim" / "efficiency.json").write_text(json.dumps({"exit_config": model.config.exit_config}))
-    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "checksums.json", "notes.json"):
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "checksums.json", "notes.json", OWN_SCRIPT):
         (root / "slim" / name).write_text(f"{Path.home()} {TOKEN}")
     for folder in ("stages/assistant", "checkpoint-3"):
         (root / "slim" / folder).mkdir(parents=True)
@@ -76,7 +79,7 @@ def check(run) -> str:
 
 
 def test_the_code_travels_with_the_weights_and_every_auto_class_finds_its_own(saved):
-    assert {path.name for path in (saved / "slim").glob("*.py")} == CODE
+    assert {path.name for path in (saved / "slim").glob("*.py")} == {*CODE, OWN_SCRIPT}
     assert json.loads((saved / "slim" / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
@@ -91,6 +94,21 @@ def test_a_config_saved_alone_maps_only_to_the_files_that_are_there(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {"AutoConfig": AUTO_MAP["AutoConfig"]}
     code = {path.name for path in tmp_path.glob("*.py")}
     assert "configuration_costeff.py" in code and "modeling_costeff.py" not in code and code < CODE
+
+
+def test_of_a_folders_code_only_what_the_config_names_is_taken_for_the_models(saved, tmp_path):
+    folder = shutil.copytree(saved / "slim", tmp_path / "slim")
+    assert code_files(folder) == sorted(CODE)
+    file = folder / "config.json"
+    pipelines = {"costeff-classification": {"impl": "pipeline_costeff.CostEffClassificationPipeline"}}
+    elsewhere = {"AutoModelForTokenClassification": "org/other--modeling_other.Other"}
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "custom_pipelines": pipelines, "auto_map": {**AUTO_MAP, **elsewhere}}))
+    for name in ("pipeline_costeff.py", "modeling_other.py"):
+        (folder / name).write_text("")
+    assert code_files(folder) == sorted([*CODE, "pipeline_costeff.py"])
+    file.write_text(json.dumps({"model_type": "costeff"}))
+    assert code_files(folder) == []
 
 
 class OwnModel(CostEffForSequenceClassification):
@@ -400,6 +418,35 @@ def test_figures_of_other_weights_do_not_stay_on_the_hub(saved, hub, tmp_path):
     files = hub.files("org/slim")
     assert "efficiency.json" not in files and {"own.txt", "sub/efficiency.json"} <= set(files)
     assert b"No measurements were" in files["README.md"] and b"Our card" not in files["README.md"]
+
+
+def test_weights_of_an_earlier_push_are_not_loaded_instead_of_the_new_ones(saved, hub, tmp_path):
+    """A loader takes a single weights file before shards, and shards of another number would stay for ever."""
+    hub.repos["org/slim"] = {"private": False, "branches": {}}
+    old = dict.fromkeys(("model.safetensors", "model-00009-of-00009.safetensors"), b"other weights")
+    theirs = dict.fromkeys(("models/model.safetensors", "adapter_model.safetensors"), b"theirs")
+    hub.add_commit("org/slim", "main", {**old, **theirs})
+    environment = hub.environment(tmp_path)
+    arguments = (saved / "slim", "org/slim", json.dumps({"max_shard_size": "5KB"}))
+    check(run_python(MODEL_PUSH, environment, tmp_path, *arguments))
+    files = hub.files("org/slim")
+    assert not set(old) & set(files) and set(theirs) < set(files)
+    shards = set(json.loads(files["model.safetensors.index.json"])["weight_map"].values())
+    assert len(shards) > 1 and shards < set(files)
+    assert load("org/slim", "imported", saved, environment, tmp_path) == "answers alike\n"
+
+
+def test_the_three_ways_on_the_card_run_as_they_are_written(saved, hub, tmp_path):
+    text = how_to_use(str(saved / "slim"), CostEffConfig.from_pretrained(saved / "slim"))
+    package, code, pipeline = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    offline = hub.environment(tmp_path, HF_HUB_OFFLINE="1")
+    said = check(run_python(package, offline, tmp_path))
+    assert said.startswith("tensor([[") and "grad_fn" not in said
+    go_on = package[package.index("answer =") :]
+    nothing = "import sys; sys.modules['hf_costeff'] = None"
+    script = f"{nothing}\n{code}\n{go_on}\n{pipeline}\nprint(classify('a text'))"
+    again = check(run_python(script, offline, tmp_path))
+    assert again.startswith(said) and "'label': 'LABEL_" in again
 
 
 def test_a_card_that_somebody_wrote_into_the_folder_stays(tmp_path, monkeypatch):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from helpers import tiny_config, tiny_model
+from helpers import random_batch, tiny_config, tiny_model
+from hf_costeff import ExitConfig
 from hf_costeff.guarantees import describe_promise
-from hf_costeff.model_card import CompressionCard, TrainingCard, write_model_card
+from hf_costeff.model_card import CompressionCard, TrainingCard, how_to_use, write_model_card
 
 GOLDEN = Path(__file__).parent / "golden_model_card.md"
 CALIBRATION = {
@@ -155,6 +158,18 @@ def test_a_class_may_have_any_name():
     outcome = {"rows": 5, "full_depth": 1.0, "early_exit": 0.5, "mean_exit_layer": 1.0}
     card = card_of({**make_report(), "classes": [{"name": "<script>\n| a |</script>", **outcome}]})
     assert "<script" not in card and "| &lt;script&gt; \\| a \\|&lt;/script&gt; | 5 |" in card
+
+
+@pytest.mark.parametrize("exit_config", [None, ExitConfig(threshold=0.5).to_dict()])
+@pytest.mark.parametrize("problem_type", ["regression", "single_label_classification", "multi_label_classification"])
+def test_the_early_exit_that_the_card_shows_is_one_that_the_model_takes(problem_type, exit_config):
+    num_labels = 1 if problem_type == "regression" else 3
+    if problem_type == "regression" and exit_config is not None:
+        exit_config = ExitConfig(criterion="patience", patience=1, tolerance=0.1).to_dict()
+    model = tiny_model(num_labels=num_labels, problem_type=problem_type, exit_config=exit_config)
+    (shown,) = re.findall(r"early_exit=(.*)\)\n", how_to_use("org/slim", model.config))
+    assert shown == ("True" if exit_config else "False" if num_labels == 1 else "0.5")
+    model.predict(**random_batch([3, 5]), early_exit=ast.literal_eval(shown))
 
 
 def test_a_licence_is_stated_once_and_kept(tmp_path):

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.dynamic_module_utils import get_relative_import_files
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -28,8 +29,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.jinja", "*.spm", "spiece.model", "sentencepiece*.model"),
 )
-WEIGHT_FILES = ("model*.safetensors", "model*.safetensors.index.json")
-MODEL_FILES = (CONFIG, "*.py", *WEIGHT_FILES, *TOKENIZER_FILES, *REPORT_FILES)
+WEIGHT_FILES = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+MODEL_FILES = (CONFIG, *WEIGHT_FILES, *TOKENIZER_FILES, *REPORT_FILES)
 
 TAGS = ("costeff", "early-exit", "custom_code")
 MARKER = "<!-- written by hf_costeff; remove this line to keep your changes -->"
@@ -62,8 +63,9 @@ def push_folder(
 ) -> CommitInfo:
     """Upload the model files of a folder in one commit: all of them arrive, or nothing changes.
 
-    Only files that make up a model travel ([`MODEL_FILES`]): no pickles, no checkpoints, no stages. Figures of an
-    earlier push that this folder does not have are removed; everything else in the repository stays.
+    Only files that make up a model travel ([`MODEL_FILES`] and [`code_files`]): no pickles, no checkpoints, no stages.
+    Weights and figures of an earlier push that this folder does not have are removed; everything else in the
+    repository stays.
 
     Args:
         folder: A saved model.
@@ -96,8 +98,8 @@ def push_folder(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            allow_patterns=list(MODEL_FILES),
-            delete_patterns=list(FIGURES),  # of an earlier push; what is uploaded now stays
+            allow_patterns=[*MODEL_FILES, *code_files(folder)],
+            delete_patterns=[*WEIGHT_FILES, *FIGURES],  # of an earlier push; what is uploaded now stays
             ignore_patterns=["*/*"],  # stages, checkpoints and whatever else lies in folders below
         )
 
@@ -139,6 +141,17 @@ def check_model_folder(folder: str | Path) -> None:
             f"{folder} holds a model of type {found!r}, not 'costeff'. Compress it first, or push it with its own "
             "push_to_hub."
         )
+
+
+def code_files(folder: str | Path) -> list[str]:
+    """Names of the files that `config.json` takes classes from and of what these import; no other code of a folder."""
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    pipelines = [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
+    files = {
+        Path(folder) / f"{target.split('.')[0]}.py" for target in (*config.get("auto_map", {}).values(), *pipelines)
+    }
+    read = (imported for file in files if file.is_file() for imported in (file, *get_relative_import_files(file)))
+    return sorted({Path(file).name for file in read})
 
 
 def copy_report(origin: str | Path, folder: str | Path) -> bool:

@@ -16,6 +16,7 @@ from .class_outcomes import ClassOutcome
 from .configuration_costeff import CostEffConfig
 from .efficiency import PAPER_SEQ_LENGTH, cumulative_flops
 from .evaluation import TIMED_BATCHES, ReportRow, format_table
+from .exit_criteria import REGRESSION
 from .guarantees import describe_promise
 from .hub import CARD, MARKER, TAGS, is_written_by_hand, plain_card
 from .markdown import markdown_table, quoted
@@ -302,6 +303,8 @@ def citation() -> str:
 
 def how_to_use(name: str, config: CostEffConfig, pair: bool = False) -> str:
     """The three ways to load and ask the model."""
+    uncalibrated = "False" if config.resolved_problem_type == REGRESSION else "0.5"
+    early_exit = uncalibrated if config.exit_config is None else "True"
     return (
         (TEMPLATES / "use.md")
         .read_text(encoding="utf-8")
@@ -309,7 +312,7 @@ def how_to_use(name: str, config: CostEffConfig, pair: bool = False) -> str:
         .format(
             name=name,
             example='"a text", "and its pair"' if pair else '"a text"',
-            early_exit="0.5" if config.exit_config is None else "True",
+            early_exit=early_exit,
         )
     )
 
