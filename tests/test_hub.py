@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoModelForSequenceClassification
 
 from helpers import random_batch, tiny_model, word_tokenizer
 from hf_costeff import CostEffConfig, CostEffForSequenceClassification, CostEffModel, ExitConfig
 from hf_costeff.cli import main
-from hf_costeff.hub import MARKER, clear_errors, code_files, copy_report, push_folder, write_card
+from hf_costeff.hub import MARKER, card_on_the_hub, clear_errors, code_files, copy_report, push_folder, write_card
 from hf_costeff.model_card import how_to_use, write_model_card
 from loopback_hub import READER, TOKEN, LoopbackHub, run_python
 from test_house import SOURCE, siblings
@@ -350,6 +350,28 @@ def test_the_command_pushes_a_folder_and_prints_where(saved, hub, tmp_path):
     assert refused.returncode == 1 and "(status 403)" in refused.stderr and "Traceback" not in refused.stderr
 
 
+@pytest.mark.parametrize("request_url", [None, "https://hub/org/slim/discussions/1"])
+def test_the_command_passes_on_what_it_was_given_and_says_where_it_went(request_url, tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def push(folder, repo_id, **options):
+        asked.update(options, folder=folder, repo_id=repo_id)
+        return SimpleNamespace(pr_url=request_url, commit_url="https://hub/org/slim/commit/1")
+
+    monkeypatch.setattr("hf_costeff.commands.push.push_folder", push)
+    tiny_model().save_pretrained(tmp_path)
+    target = [str(tmp_path), "--repo_id", "org/slim"]
+    assert main(["push", *target]) == 0
+    defaults = {"commit_message": "Upload model", "private": None, "token": None, "revision": None, "create_pr": False}
+    assert asked == {"folder": str(tmp_path), "repo_id": "org/slim", **defaults}
+    flags = ["--private", "--token", "hf_own", "--revision", "v2", "--create_pr", "--commit_message", "Hello"]
+    assert main(["push", *target, *flags, "--license", "mit"]) == 0
+    given = {"commit_message": "Hello", "private": True, "token": "hf_own", "revision": "v2", "create_pr": True}
+    assert asked == {"folder": str(tmp_path), "repo_id": "org/slim", **given}
+    assert "license: mit" in (tmp_path / "README.md").read_text()
+    assert capsys.readouterr().out.endswith(f"Pushed to {request_url or 'https://hub/org/slim/commit/1'}\n")
+
+
 def test_a_push_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch, capsys):
     def broken(*given, **options):
         assert "org/new" in (tmp_path / "README.md").read_text()
@@ -515,16 +537,29 @@ def test_a_token_that_may_not_write_is_told_so_and_how_to_get_one(token, status,
     assert "hf auth login" in run.stderr and hub.repos == {}
 
 
+def refusal(status: int) -> SimpleNamespace:
+    """A stand-in for the HTTP library's response: which library that is changes with the Hub client's version."""
+    request = SimpleNamespace(url="https://hub", method="POST")
+    return SimpleNamespace(status_code=status, headers={}, request=request)
+
+
 @pytest.mark.parametrize(
     ("status", "expected"), [(401, PermissionError), (403, PermissionError), (500, HfHubHTTPError)]
 )
 def test_only_a_refusal_is_told_as_one(status, expected):
-    # A stand-in for the HTTP library's response: which library that is changes with the Hub client's version.
-    request = SimpleNamespace(url="https://hub", method="POST")
-    refused = HfHubHTTPError("refused", response=SimpleNamespace(status_code=status, headers={}, request=request))
+    refused = HfHubHTTPError("refused", response=refusal(status))
     with pytest.raises(expected) as caught, clear_errors("org/slim"):
         raise refused
     assert type(caught.value) is expected and ("hf auth login" in str(caught.value)) == (status < 500)
+
+
+@pytest.mark.parametrize("error", [RepositoryNotFoundError, RemoteEntryNotFoundError])
+def test_a_card_that_is_missing_on_the_hub_is_no_error(error, monkeypatch):
+    def download(*given, **options):
+        raise error("not there", response=refusal(404))
+
+    monkeypatch.setattr("hf_costeff.hub.hf_hub_download", download)
+    assert card_on_the_hub("org/slim", None, None) is None
 
 
 def test_without_a_hub_the_error_names_the_repository(saved, hub, tmp_path):

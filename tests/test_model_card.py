@@ -49,7 +49,10 @@ def make_report(**settings) -> dict:
         "data": {"rows": {"train": 5000, "validation": 2345}, "text_columns": ["text"]},
         "settings": {"teacher": "org/bert", "dataset": "org/films", "recipe": "fast", "compression": 8, **settings},
         "stages": {
-            "assistant": {"steps": 300, "learning_rate": 1e-4, "seconds": 90.0},
+            "assistant": {
+                **{"steps": 300, "learning_rate": 1e-4, "seconds": 90.0},
+                "calibration_metrics": dict.fromkeys(scores, 0.5),  # of a model that is not this one
+            },
             "slenderize-01": {
                 **{"steps": 60, "seconds": 30.0, "num_attention_heads": 2},
                 **{"intermediate_size": [10, 7, 0, 16], "embedding_rank": None},
@@ -126,6 +129,20 @@ def test_early_exit_figures_go_when_the_settings_they_were_measured_with_are_rep
     assert "| slim, early exit |" not in card and "share of rows" not in card
     assert "The exit settings were replaced after these measurements" in card
     assert "| slim, full depth | 0.8800 |" in card
+
+
+def test_scores_of_exits_are_told_if_every_exit_has_one():
+    report = make_report()
+    assert "| accuracy if all leave here |" in card_of(report)
+    del report["stages"]["prediction"]["calibration_metrics"]["eval_exit_2_accuracy"]
+    assert "if all leave here" not in card_of(report) and "held out for choosing" not in card_of(report)
+
+
+def test_a_model_of_pairs_is_asked_for_a_pair():
+    report = make_report()
+    assert '**tokenizer("a text", return_tensors="pt")' in card_of(report)
+    report["data"]["text_columns"] = ["premise", "hypothesis"]
+    assert '**tokenizer("a text", "and its pair", return_tensors="pt")' in card_of(report)
 
 
 def test_a_promise_is_told_with_its_odds_and_its_test():

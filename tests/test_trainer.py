@@ -602,6 +602,21 @@ def test_settings_of_classes_are_refused_where_the_loss_would_ignore_them(model,
         make_trainer(tmp_path, model=tiny_model(**model), **settings)
 
 
+def test_a_push_takes_what_the_arguments_say_unless_the_call_says_otherwise(tmp_path, monkeypatch):
+    asked, said = {}, {"hub_model_id": "org/own", "hub_token": "hf_own", "hub_revision": "v2", "hub_private_repo": True}
+    monkeypatch.setattr("hf_costeff.trainer.push_folder", lambda folder, repo_id, **given: asked.update(given))
+    monkeypatch.setattr("hf_costeff.trainer.write_card", lambda folder, repo_id, **given: asked.update(card=given))
+    trainer = make_trainer(tmp_path, **said)
+    trainer.push_to_hub()
+    options = {"commit_message": "End of training", "private": True, "token": "hf_own", "revision": "v2"}
+    assert {name: asked[name] for name in options} == options
+    assert (asked["card"]["token"], asked["card"]["revision"], asked["card"]["tags"]) == ("hf_own", "v2", None)
+    given = {"commit_message": "Hello", "private": False, "token": "hf_other", "revision": "v3"}
+    trainer.push_to_hub(**given, tags="film")
+    assert {name: asked[name] for name in given} == given
+    assert (asked["card"]["token"], asked["card"]["revision"], asked["card"]["tags"]) == ("hf_other", "v3", ["film"])
+
+
 def test_the_arguments_are_command_line_flags(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--task_weight", "0.5", "--class_weights", "1", "2", "--temperature", "2"]
     (arguments,) = HfArgumentParser(CostEffTrainingArguments).parse_args_into_dataclasses(flags)
