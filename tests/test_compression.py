@@ -166,6 +166,9 @@ def test_settings_stages_and_the_exit_threshold_are_written_down(finished):
     report = json.loads((finished.model_path / "efficiency.json").read_text())
     assert list(report["stages"]) == STAGES
     assert [report["stages"][name]["steps"] for name in STAGES] == [2, 3, 2, 2, 2, 4]
+    assert {report["stages"][name]["batch_size"] for name in STAGES} == {few_steps(40, 1).batch_size}
+    assert report["stages"]["assistant"]["loss_weights"]["task_loss"] == 0.5
+    assert report["stages"]["prediction"]["loss_weights"]["task_loss"] == 0.0
     assert report["stages"]["prediction"]["token_replacement_rate"] == few_steps(40, 1).token_replacement_rate
     widths = report["plan"]["widths"]
     last = report["stages"]["slenderize-02"]

@@ -104,9 +104,13 @@ def test_of_a_folders_code_only_what_the_config_names_is_taken_for_the_models(sa
     elsewhere = {"AutoModelForTokenClassification": "org/other--modeling_other.Other"}
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "custom_pipelines": pipelines, "auto_map": {**AUTO_MAP, **elsewhere}}))
-    for name in ("pipeline_costeff.py", "modeling_other.py"):
-        (folder / name).write_text("")
+    (folder / "pipeline_costeff.py").write_text("")
     assert code_files(folder) == sorted([*CODE, "pipeline_costeff.py"])
+    for name in ("pipeline_costeff.py", "exit_heads.py"):  # named by the config; imported by what it names
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=rf"{name} is missing.*save it again with save_pretrained"):
+            code_files(folder)
+        file.write_text(json.dumps(config))
     file.write_text(json.dumps({"model_type": "costeff"}))
     assert code_files(folder) == []
 
@@ -581,7 +585,14 @@ def test_a_private_repository_is_not_found_without_a_token(saved, hub, tmp_path)
 def test_what_is_no_model_of_this_kind_is_not_pushed(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere is no saved model: it needs config\.json and model\.safetensors"):
         push_folder(tmp_path / "nowhere", "org/slim")
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"config\.json is no JSON: .*Restore it, or save the model again"):
+        push_folder(tmp_path, "org/slim")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is no saved model: it needs config\.json and model\.safetensors"):
+        push_folder(tmp_path, "org/slim")
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="holds a model of type 'bert', not 'costeff'"):
         push_folder(tmp_path, "org/slim")

@@ -57,7 +57,11 @@ def make_report(**settings) -> dict:
                 **{"steps": 60, "seconds": 30.0, "num_attention_heads": 2},
                 **{"intermediate_size": [10, 7, 0, 16], "embedding_rank": None},
             },
-            "prediction": {"steps": 900, "seconds": 120.0, "calibration_metrics": scores},
+            "prediction": {
+                **{"steps": 900, "seconds": 120.0, "batch_size": 32},
+                "loss_weights": {"task_loss": 0.0, "soft_label_loss": 1.0, "representation_loss": 0.5},
+                "calibration_metrics": scores,
+            },
         },
         "classes": [
             {"name": "bright", "rows": 345, "full_depth": 0.8, "early_exit": 0.75, "mean_exit_layer": 2.5},

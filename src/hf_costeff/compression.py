@@ -508,7 +508,8 @@ class Compression:
             data_collator=self.collator,
             processing_class=self.tokenizer,
         )
-        return self._run_trainer(trainer, evaluate)
+        trained, record = self._run_trainer(trainer, evaluate)
+        return trained, {**record, "loss_weights": trainer.loss_weights}
 
     def _run_trainer(self, trainer: ResumableTrainer, evaluate: bool = True) -> tuple[PreTrainedModel, dict[str, Any]]:
         trainer.train(resume_from_checkpoint=True)
@@ -516,6 +517,7 @@ class Compression:
         record: dict[str, Any] = {
             "steps": trainer.state.global_step,
             "learning_rate": trainer.args.learning_rate,
+            "batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
             "last_log": losses[-1] if losses else {},
         }
         if evaluate:

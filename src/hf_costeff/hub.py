@@ -81,11 +81,12 @@ def push_folder(
         The commit.
 
     Raises:
-        ValueError: If the folder holds no model with exits, or `repo_id` is no name for a repository.
+        ValueError: If the folder holds no model with exits or lacks its code, or `repo_id` is no name for a repository.
         PermissionError: If the Hub does not let you write there.
         ConnectionError: If the Hub cannot be reached or the connection breaks; pushing again is safe.
     """
     check_model_folder(folder)
+    travelling = [*MODEL_FILES, *code_files(folder)]
     api = HfApi(token=token)
     with clear_errors(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -98,7 +99,7 @@ def push_folder(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            allow_patterns=[*MODEL_FILES, *code_files(folder)],
+            allow_patterns=travelling,
             delete_patterns=[*WEIGHT_FILES, *FIGURES],  # of an earlier push; what is uploaded now stays
             ignore_patterns=["*/*"],  # stages, checkpoints and whatever else lies in folders below
         )
@@ -135,7 +136,7 @@ def check_model_folder(folder: str | Path) -> None:
             f"{folder} is no saved model: it needs {CONFIG} and model.safetensors. Give the output_dir of a "
             "compression run, or a folder that save_pretrained wrote."
         )
-    found = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    found = read_json(path / CONFIG).get("model_type")
     if found != "costeff":
         raise ValueError(
             f"{folder} holds a model of type {found!r}, not 'costeff'. Compress it first, or push it with its own "
@@ -144,13 +145,23 @@ def check_model_folder(folder: str | Path) -> None:
 
 
 def code_files(folder: str | Path) -> list[str]:
-    """Names of the files that `config.json` takes classes from and of what these import; no other code of a folder."""
-    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    """Names of the files that `config.json` takes classes from and of what these import; no other code of a folder.
+
+    Raises:
+        ValueError: If one of them is missing.
+    """
+    config = read_json(Path(folder) / CONFIG)
     pipelines = [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
-    files = {
-        Path(folder) / f"{target.split('.')[0]}.py" for target in (*config.get("auto_map", {}).values(), *pipelines)
-    }
-    read = (imported for file in files if file.is_file() for imported in (file, *get_relative_import_files(file)))
+    named = (*config.get("auto_map", {}).values(), *pipelines)
+    targets = [target for target in named if "--" not in target]  # with it, the code is in another repository
+    try:
+        files = [Path(folder) / f"{target.split('.')[0]}.py" for target in targets]
+        read = [imported for file in files for imported in (file, *get_relative_import_files(file))]
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{error.filename} is missing: code that the model's config names or that this code imports. Load the "
+            "model and save it again with save_pretrained, which puts its code beside it."
+        ) from error
     return sorted({Path(file).name for file in read})
 
 
@@ -181,7 +192,19 @@ def copy_report(origin: str | Path, folder: str | Path) -> bool:
 
 def exit_settings(file: Path) -> dict[str, Any] | None:
     """The `exit_config` that a `config.json` or an `efficiency.json` holds."""
-    return json.loads(file.read_text(encoding="utf-8")).get("exit_config")
+    return read_json(file).get("exit_config")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file of a model folder holds.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}. Restore it, or save the model again.") from error
 
 
 def write_card(
@@ -240,7 +263,7 @@ def card_on_the_hub(repo_id: str, token: str | bool | None, revision: str | None
 
 def plain_card(repo_id: str, folder: str | Path) -> ModelCard:
     """A card for a model without measurements: what it is and how to load it."""
-    layers = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["exit_layers"]
+    layers = read_json(Path(folder) / CONFIG)["exit_layers"]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=list(TAGS))
     text = PLAIN_CARD.format(repo_id=repo_id, layers=layers[-1], exits=", ".join(map(str, layers)))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n{MARKER}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from .efficiency import PAPER_SEQ_LENGTH, cumulative_flops
 from .evaluation import TIMED_BATCHES, ReportRow, format_table
 from .exit_criteria import REGRESSION
 from .guarantees import describe_promise
-from .hub import CARD, MARKER, TAGS, is_written_by_hand, plain_card
+from .hub import CARD, MARKER, TAGS, is_written_by_hand, plain_card, read_json
 from .markdown import markdown_table, quoted
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -209,16 +208,19 @@ class CompressionCard:
         return " ".join(notes)
 
     def stage_table(self) -> str:
-        """A line per stage: steps, peak learning rate, time, and the widths it left."""
+        """A line per stage: steps, batch size, peak learning rate, losses, time, and the widths it left."""
         lines = []
         for name, record in self.report["stages"].items():
             widths = [record[key] for key in ("num_attention_heads", "intermediate_size") if key in record]
             rank = [record["embedding_rank"] or "full"] if "embedding_rank" in record else []
             steps = str(record.get("steps", ""))
             rate = f"{record['learning_rate']:g}" if "learning_rate" in record else ""
+            losses = describe_losses(record.get("loss_weights", {}))
             minutes = f"{record['seconds'] / 60:.1f}" if "seconds" in record else ""
-            lines.append([name, steps, rate, minutes, ", ".join(map(str, [*widths, *rank]))])
-        columns = ["stage", "steps", "learning rate", "minutes", "heads, neurons, embedding rank"]
+            batch_size = str(record.get("batch_size", ""))
+            lines.append([name, steps, batch_size, rate, losses, minutes, ", ".join(map(str, [*widths, *rank]))])
+        columns = ["stage", "steps", "batch size", "learning rate", "losses", "minutes"]
+        columns += ["heads, neurons, embedding rank"]
         return markdown_table(columns, lines)
 
 
@@ -285,6 +287,15 @@ class TrainingCard:
             for layer in self.config.exit_layers
         ]
         return markdown_table(["exit after layer", f"FLOPs, {PAPER_SEQ_LENGTH} tokens", *self.metrics], lines)
+
+
+def describe_losses(weights: Mapping[str, float]) -> str:
+    """Names of the losses and their weights, those without weight left out.
+
+    >>> describe_losses({"task_loss": 0.0, "soft_label_loss": 1.0, "representation_loss": 0.5})
+    'soft_label_loss x 1, representation_loss x 0.5'
+    """
+    return ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight)
 
 
 def public_name(name: str | None) -> str | None:
@@ -356,7 +367,7 @@ def write_model_card(folder: str | Path, name: str, license: str | None = None) 
     if report.exists():
         config = CostEffConfig.from_pretrained(folder)
         chart = (folder / "pareto.png").exists()
-        written = CompressionCard(name, json.loads(report.read_text(encoding="utf-8")), config, chart).render()
+        written = CompressionCard(name, read_json(report), config, chart).render()
     else:
         written = plain_card(name, folder)
     written.data.license = license

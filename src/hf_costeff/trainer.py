@@ -25,7 +25,7 @@ from .exit_criteria import REGRESSION, SINGLE_LABEL
 from .hub import push_folder, write_card
 from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
 from .metrics import compute_metrics as default_metrics
-from .model_card import TrainingCard
+from .model_card import TrainingCard, describe_losses
 from .modeling_costeff import CostEffForSequenceClassification
 from .training_args import CostEffTrainingArguments
 
@@ -250,11 +250,11 @@ class CostEffTrainer(ResumableTrainer):
 
     def _card(self, repo_id: str, stated: dict[str, Any]) -> ModelCard:
         evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_exit_") for key in entry)]
-        weights = ", ".join(f"{name} x {weight:g}" for name, weight in self.loss_weights.items() if weight)
+        losses = describe_losses(self.loss_weights)
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         training = (
             f"{self.state.global_step:,} steps in batches of {rows:,}, "
-            f"learning rate {self.args.learning_rate:g}, seed {self.args.seed}; losses of every exit: {weights}."
+            f"learning rate {self.args.learning_rate:g}, seed {self.args.seed}; losses of every exit: {losses}."
         )
         datasets = [stated["dataset"]] if isinstance(stated.get("dataset"), str) else stated.get("dataset")
         return TrainingCard(
