@@ -206,6 +206,8 @@ from hf_costeff.hub import push_folder
 print(push_folder(sys.argv[1], sys.argv[2]).commit_url)
 """
 
+IMPATIENT = "import time; time.sleep = lambda seconds: None  # between the client's tries"
+
 COMMAND_PUSH = """
 import sys
 from hf_costeff.cli import main
@@ -523,8 +525,7 @@ def test_a_connection_that_keeps_being_cut_leaves_the_repository_as_it_was_and_t
 ):
     hub.drop_commits = 100
     environment = hub.environment(tmp_path)
-    impatient = f"import time\ntime.sleep = lambda seconds: None\n{PUSH}"
-    cut = run_python(impatient, environment, tmp_path, saved / "slim", "org/slim")
+    cut = run_python(IMPATIENT + PUSH, environment, tmp_path, saved / "slim", "org/slim")
     assert cut.returncode
     assert "ConnectionError: The connection to the Hub broke while pushing to 'org/slim'" in cut.stderr
     assert "nothing is there by halves. Push again." in cut.stderr
@@ -568,8 +569,8 @@ def test_a_card_that_is_missing_on_the_hub_is_no_error(error, monkeypatch):
 
 def test_without_a_hub_the_error_names_the_repository(saved, hub, tmp_path):
     environment = hub.environment(tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    for code, arguments in ((PUSH, ()), (MODEL_PUSH, ("{}",))):
-        run = run_python(code, environment, tmp_path, saved / "slim", "org/slim", *arguments)
+    for code, arguments in ((PUSH, ()), (MODEL_PUSH, ('{"change": true}',))):  # the second asks for the card first
+        run = run_python(IMPATIENT + code, environment, tmp_path, saved / "slim", "org/slim", *arguments)
         assert "ConnectionError: The connection to the Hub broke while pushing to 'org/slim'" in run.stderr
 
 

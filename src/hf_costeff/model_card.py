@@ -255,11 +255,10 @@ class TrainingCard:
     def render(self) -> ModelCard:
         """The card, metadata and text."""
         settings = {"library_name": "transformers", "pipeline_tag": "text-classification", "tags": list(TAGS)}
-        known = {key: value for key, value in self.metadata.items() if value is not None}
         teacher = public_name(self.teacher)
         linked = f"[{teacher}](https://huggingface.co/{teacher})" if teacher else "a local teacher"
         return ModelCard.from_template(
-            ModelCardData(**settings, **({"metrics": self.metrics} if self.metrics else {}), **known),
+            ModelCardData(**settings, **({"metrics": self.metrics} if self.metrics else {}), **self.metadata),
             template_path=str(TEMPLATES / "training_card.md"),
             marker=MARKER,
             name=self.name,
