@@ -418,7 +418,7 @@ def headless(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_a_teacher_without_a_head_is_fine_tuned_first_on_the_labels_of_the_data(headless, tmp_path):
+def test_a_teacher_without_a_head_is_fine_tuned_first_on_the_labels_of_the_data(headless, tmp_path, capsys):
     """Three text labels in files, cut by the recipe; uneven allocation, one shot, balanced classes."""
     for name, count, seed in (("train", 60, 0), ("validation", 16, 2)):
         rows = sentence_rows(count, seed)
@@ -436,6 +436,8 @@ def test_a_teacher_without_a_head_is_fine_tuned_first_on_the_labels_of_the_data(
         balance_classes=True,
     )
     report = json.loads((result.model_path / "efficiency.json").read_text())
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("'train_runtime'") == len(report["stages"])  # logs of every stage, beside the bars
     assert next(iter(report["stages"])) == "teacher" and report["stages"]["teacher"]["steps"] == 4
     assert [name for name in report["stages"] if "slenderize" in name] == ["slenderize-01"]
     assert report["data"]["rows"]["calibration"] == 12
