@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
@@ -51,11 +53,20 @@ def write_rows(rows: Dataset, path: Path) -> None:
     Dataset.from_dict({"text": rows["text"][:], "label": names}).to_csv(path)
 
 
+def saved_tokenizer(folder: Path, texts: list[str]) -> PreTrainedTokenizerBase:
+    """A tokenizer trained once; a second training would number the pieces otherwise, even with the same texts."""
+    if not folder.exists():
+        draft = folder.with_suffix(".draft")
+        train_tokenizer(texts, vocab_size=1000).save_pretrained(draft)
+        draft.rename(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def train_teacher(folder: Path, splits: DatasetDict, epochs: int) -> None:
     """A BERT of 4 layers and width 128, trained from scratch on the corpus; its folder appears once it is whole."""
     working = folder.with_name("teacher.working")
+    tokenizer = saved_tokenizer(working / "tokenizer", splits["train"]["text"][:])
     set_seed(0)
-    tokenizer = train_tokenizer(splits["train"]["text"][:], vocab_size=1000)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

@@ -214,11 +214,13 @@ def test_the_demo_goes_on_after_a_kill_and_the_commands_of_the_quickstart_work_o
     with pytest.raises(Killed):
         run(monkeypatch, demo, **sizes)
     assert not Path("build/demo/teacher").exists()
+    vocabulary = AutoTokenizer.from_pretrained("build/demo/teacher.working/tokenizer").get_vocab()
     steps: list[int] = []
     counting = LambdaOnStep(steps.append)
     monkeypatch.setattr(demo, "TeacherTrainer", functools.partial(original, callbacks=[counting]))
     run(monkeypatch, demo, **sizes)
     assert steps == [5, 6, 7, 8]  # 256 rows in batches of 64: the first epoch was not repeated
+    assert AutoTokenizer.from_pretrained("build/demo/teacher").get_vocab() == vocabulary
     assert {path.name for path in Path("build/demo").iterdir()} == {"data", "teacher", "model"}
 
     out = capfd.readouterr().out

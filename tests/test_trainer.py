@@ -459,7 +459,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(damage, uninterrupted, interrupted, tmp_path):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    damage, uninterrupted, interrupted, tmp_path, monkeypatch
+):
     folder = tmp_path / "run"
     shutil.copytree(interrupted, folder)
     DAMAGES[damage](folder / "checkpoint-6")
@@ -473,7 +475,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(damage, uni
         trainer_options={"callbacks": [Watch(lambda step, model: steps.append(step))]},
         **RESUMED,
     )
+    said: list[str] = []
+    monkeypatch.setattr("hf_costeff.trainer.logger.warning", said.append)
     trainer.train(resume_from_checkpoint=True)
+    assert said[-1] == f"Going on from {newest}."
     assert steps == ([7, 8] if damage == "none" else [5, 6, 7, 8])
     assert_same_weights(weights(trainer.model), uninterrupted)
 

@@ -94,6 +94,8 @@ class ResumableTrainer(Trainer):
         """As upstream's; `True` resumes from the newest whole checkpoint, or starts afresh."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir, self.args.load_best_model_at_end)
+            if resume_from_checkpoint is not None:
+                logger.warning(f"Going on from {resume_from_checkpoint}.")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
