@@ -284,6 +284,17 @@ def test_a_teacher_is_fine_tuned_on_the_gradients_of_the_whole_batch(batch_size,
     assert_same_weights(weights(trainer.model), plain_teacher_step(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_teachers_classes_are_weighed_as_asked(tmp_path):
+    weighed = TeacherTrainer(
+        one_teacher_step(tmp_path).model, TrainingArguments(tmp_path), class_weights=[0.5, 1.0, 4.0]
+    )
+    batch = batch_of(token_rows(8))
+    logits = weighed.model.eval()(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+    expected = functional.cross_entropy(logits, batch["labels"], weight=torch.tensor([0.5, 1.0, 4.0]))
+    torch.testing.assert_close(weighed.compute_loss(weighed.model, dict(batch)), expected)
+    assert abs(expected - functional.cross_entropy(logits, batch["labels"])) > 1e-3
+
+
 def test_a_teacher_is_fine_tuned_on_the_same_gradients_by_two_processes(tmp_path):
     found = in_two_processes(tmp_path, "one_teacher_step")
     assert_same_weights(found["weights"], plain_teacher_step(), rtol=1e-5, atol=1e-6)
