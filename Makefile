@@ -4,7 +4,6 @@ WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
 CODE := $(wildcard src tests examples benchmarks docs)
 # Two workers of one thread each are faster than two workers that fight for the same cores.
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
@@ -21,29 +20,31 @@ help:
 	@echo "make format   repair what ruff can repair"
 	@echo "make clean    remove build products and caches (the virtual environment stays)"
 
-# torch first, so that its pinned build is settled before anything else asks for it.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+# The virtual environment with one extra of setup.cfg. torch first, so that its pinned build is settled before anything
+# else asks for it.
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "hf_costeff needs Python 3.10 or newer; choose one with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "No virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV), which takes minutes and about 2 GB (more where pip's torch brings CUDA)"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
 	@touch $@
 
-demo: $(INSTALLED)
+demo: $(VENV)/.installed-charts
 	$(DEMO_ENV) $(BIN)/python examples/demo.py --output_dir build/demo
 
-test: $(INSTALLED)
+test: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-check: $(INSTALLED)
+check: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-format: $(INSTALLED)
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 

@@ -75,6 +75,15 @@ def test_a_flag_that_switches_off_says_so(capsys):
     )
 
 
+@pytest.mark.parametrize("command", ["calibrate", "report", "benchmark", "export"])
+def test_a_command_on_one_split_lists_no_flags_that_it_would_ignore(command):
+    """Those that name, cut or sample the splits of a whole run."""
+    flags = {action.dest for action in COMMANDS[command].parser()._actions}
+    assert {"dataset", "validation_file", "text_columns", "label_column", "split"} <= flags
+    assert not flags & {"train_file", "train_split", "validation_split", "calibration_split", "calibration_rows"}
+    assert "max_train_rows" not in flags
+
+
 def test_a_missing_flag_is_a_mistake_in_the_call(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["compress", "--output_dir", "x"])
@@ -105,15 +114,15 @@ def test_a_dry_run_prints_the_plan_from_the_config_alone_and_writes_nothing(teac
     ("flags", "words"),
     [
         (["--compression", "1000"], ["cannot be reached: the smallest possible is", "Ask for less compression"]),
-        (["--compression", "0.5"], ["`compression` is 0.5. It must be at least 1"]),
+        (["--compression", "0.5"], ["`--compression` is 0.5. It must be at least 1"]),
         (["--num_attention_heads", "14"], ["Cannot keep 14 attention heads in layer 1: it has 4"]),
-        (["--embedding_rank", "0"], ["`embedding_rank` is 0. It must lie in 1..32"]),
-        (["--recipe", "slow"], ["`recipe` is 'slow'. It must be one of fast, paper"]),
-        (["--allocation", "odd"], ["`allocation` is 'odd'. It must be one of uniform, uneven"]),
-        (["--precision", "fp8"], ["`precision` is 'fp8'"]),
-        (["--exit_pooling", "max"], ["`exit_pooling` is 'max'"]),
-        (["--exit_layers", "1", "9"], ["`exit_layers` is [1, 9]"]),
-        (["--max_metric_drop", "1", "--target_speedup", "2"], ["Both `max_metric_drop` and `target_speedup`"]),
+        (["--embedding_rank", "0"], ["`--embedding_rank` is 0. It must lie in 1..32"]),
+        (["--recipe", "slow"], ["`--recipe` is 'slow'. It must be one of fast, paper"]),
+        (["--allocation", "odd"], ["`--allocation` is 'odd'. It must be one of uniform, uneven"]),
+        (["--precision", "fp8"], ["`--precision` is 'fp8'"]),
+        (["--exit_pooling", "max"], ["`--exit_pooling` is 'max'"]),
+        (["--exit_layers", "1", "9"], ["`--exit_layers` is [1, 9]"]),
+        (["--max_metric_drop", "1", "--target_speedup", "2"], ["Both `--max_metric_drop` and `--target_speedup`"]),
         (["--colour", "red"], ["--colour"]),
     ],
 )
@@ -141,12 +150,9 @@ def test_a_teacher_that_is_not_there_or_no_encoder_is_an_error(tmp_path, capsys)
 
 @pytest.fixture
 def files(tmp_path) -> list[str]:
-    """Flags that name a training and a validation file, and the split of the latter; a later `--split` wins."""
-    flags = ["--split", "validation"]
-    for name, rows in (("train", sentence_rows(60)), ("validation", sentence_rows(20, seed=1))):
-        rows.to_csv(tmp_path / f"{name}.csv")
-        flags += [f"--{name}_file", str(tmp_path / f"{name}.csv")]
-    return flags
+    """Flags that name a validation file, and its split; a later `--split` wins."""
+    sentence_rows(20, seed=1).to_csv(tmp_path / "validation.csv")
+    return ["--split", "validation", "--validation_file", str(tmp_path / "validation.csv")]
 
 
 @pytest.fixture
@@ -234,12 +240,15 @@ def test_calibrate_may_save_elsewhere(slim, files, tmp_path):
         ([], "Give exactly one"),
         (["--max_metric_drop", "1", "--target_speedup", "2"], "Give exactly one"),
         (["--target_speedup", "500"], "A speed-up of 500 cannot be reached"),
-        (["--max_metric_drop", "1", "--guarantee"], "A guarantee is asked for `max_metric_drop`, and there is none"),
-        (["--max_accuracy_drop", "1", "--guarantee", "--delta", "2"], "`delta` is 2. It must lie above 0 and below 1"),
-        (["--max_accuracy_drop", "1", "--criterion", "luck"], "`criterion` is 'luck'"),
+        (["--max_metric_drop", "1", "--guarantee"], "A guarantee is asked for `--max_metric_drop`, and there is none"),
+        (
+            ["--max_accuracy_drop", "1", "--guarantee", "--delta", "2"],
+            "`--delta` is 2. It must lie above 0 and",
+        ),
+        (["--max_accuracy_drop", "1", "--criterion", "luck"], "`--criterion` is 'luck'"),
         (["--max_metric_drop", "1", "--metric", "bleu"], "'bleu'"),
         (["--max_metric_drop", "1", "--label_column", "nothing"], "'nothing'"),
-        (["--max_metric_drop", "1", "--split", "nowhere"], "`split` is 'nowhere', but the splits are: train, valid"),
+        (["--max_metric_drop", "1", "--split", "nowhere"], "`--split` is 'nowhere', but the splits are: validation"),
     ],
 )
 def test_calibrate_says_what_is_wrong_and_leaves_the_model_alone(flags, words, slim, files, capsys):

@@ -202,6 +202,44 @@ def test_learning_rates_grow_from_event_to_event(teacher, tmp_path, monkeypatch)
     assert [seen[f"slenderize-0{event}"] for event in (1, 2, 3)] == pytest.approx([1e-3, 1.1e-3, 1.21e-3])
 
 
+@pytest.mark.parametrize(("allocation", "equilibrium"), [("uniform", None), ("uneven", False)])
+def test_every_stage_trains_on_its_own_losses_and_layers_are_compared_without_equilibrium(
+    allocation, equilibrium, teacher, tmp_path, monkeypatch
+):
+    """None of them trains here: what their trainers were given is looked at."""
+    given, scored = {}, []
+
+    def look(self, trainer, evaluate=True):
+        given[Path(trainer.args.output_dir).name.removesuffix(".working")] = trainer.args
+        return trainer.model, {}
+
+    def scores_against(*args, gradient_equilibrium, **kwargs):
+        scored.append(gradient_equilibrium)
+        return against(*args, gradient_equilibrium=gradient_equilibrium, **kwargs)
+
+    against = hf_costeff.compression.importance_against
+    monkeypatch.setattr(Compression, "_run_trainer", look)
+    monkeypatch.setattr(Compression, "_report", lambda self, plan, stages, loaded: None)
+    monkeypatch.setattr(hf_costeff.compression, "importance_against", scores_against)
+    compress(teacher, make_data(), tmp_path / "slim", compression=2, allocation=allocation, **SPLIT)
+    names = ("task_weight", "soft_label_weight", "representation_weight", "representation_only_ratio")
+    found = {stage: [getattr(args, name) for name in names] for stage, args in given.items()}
+    assert found == {
+        "assistant-representation": [None, 0.0, 1.0, 0.0],
+        "assistant": [0.5, 0.5, 1.0, 0.0],
+        "slenderize-01": [None, 1.0, 1.0, 0.5],
+        "slenderize-02": [None, 1.0, 1.0, 0.5],
+        "representation": [None, 0.0, 1.0, 0.0],
+        "prediction": [None, 1.0, 1.0, 0.0],
+    }
+    assert {stage: args.token_replacement_rate for stage, args in given.items() if args.token_replacement_rate} == {
+        "prediction": 0.2
+    }
+    assert {stage for stage, args in given.items() if args.load_best_model_at_end} == {"assistant", "prediction"}
+    assert {given[stage].metric_for_best_model for stage in ("assistant", "prediction")} == {"mean_exit_accuracy"}
+    assert scored == [equilibrium, equilibrium]
+
+
 # --- going on
 
 
@@ -421,7 +459,7 @@ def headless(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_a_teacher_without_a_head_is_fine_tuned_first_on_the_labels_of_the_data(headless, tmp_path):
+def test_a_teacher_without_a_head_is_fine_tuned_first_on_the_labels_of_the_data(headless, tmp_path, capsys):
     """Three text labels in files, cut by the recipe; uneven allocation, one shot, balanced classes."""
     for name, count, seed in (("train", 60, 0), ("validation", 16, 2)):
         rows = sentence_rows(count, seed)
@@ -439,6 +477,9 @@ def test_a_teacher_without_a_head_is_fine_tuned_first_on_the_labels_of_the_data(
         balance_classes=True,
     )
     report = json.loads((result.model_path / "efficiency.json").read_text())
+    out, err = capsys.readouterr()
+    assert "Stages: " in err and "4/4 " in err  # bars over stages and steps
+    assert out == "" and err.count("'train_runtime'") == len(report["stages"])  # logs of every stage, beside the bars
     assert next(iter(report["stages"])) == "teacher" and report["stages"]["teacher"]["steps"] == 4
     assert [name for name in report["stages"] if "slenderize" in name] == ["slenderize-01"]
     assert report["data"]["rows"]["calibration"] == 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -10,15 +11,18 @@ import random
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import BertConfig, CanineTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
 from hf_costeff.columns import Columns
 from hf_costeff.data import (
     DataArguments,
+    SplitArguments,
     class_weights,
+    encode_texts,
     hold_out,
     load_splits,
     make_collator,
+    open_dataset,
     prepare_data,
     prepare_split,
     resolve_max_length,
@@ -76,6 +80,17 @@ def test_the_arguments_are_command_line_flags():
     flags = ["--dataset", "glue", "--text_columns", "one", "two", "--calibration_rows", "50"]
     (arguments,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(flags)
     assert arguments == DataArguments(dataset="glue", text_columns=["one", "two"], calibration_rows=50)
+
+
+def test_the_arguments_for_one_split_are_those_that_one_split_needs():
+    """What cuts, names and samples the other splits is for a whole run alone."""
+    names = {kind: {item.name for item in dataclasses.fields(kind)} for kind in (SplitArguments, DataArguments)}
+    assert names[SplitArguments] < names[DataArguments]
+    assert not [name for name in names[SplitArguments] if "train" in name or "calibration" in name]
+    with pytest.raises(ValueError, match=r"No data is named\. Give `dataset` .* or `validation_file`"):
+        open_dataset(SplitArguments())
+    with pytest.raises(ValueError, match=r"Both `dataset` \('a'\) and files \('b.csv'\) .* or `validation_file`"):
+        SplitArguments(dataset="a", validation_file="b.csv")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +200,7 @@ def test_what_is_not_there_is_refused_with_what_is(tmp_path):
         load_splits(DataArguments(train_file=str(tmp_path / "broken.json")))
     with pytest.raises(ValueError, match=r"cannot be loaded: .*local folder"):
         load_splits(str(tmp_path / "nowhere" / "set"))
-    with pytest.raises(ValueError, match="No training data is named"):
+    with pytest.raises(ValueError, match=r"No data is named\. Give `dataset` .* or `train_file`"):
         load_splits(DataArguments())
     with pytest.raises(TypeError, match="is a IterableDataset"):
         load_splits(rows(3).to_iterable_dataset())
@@ -335,6 +350,15 @@ def test_long_rows_are_cut_with_one_warning_that_counts_them(tokenizer, caplog):
     ]
 
 
+def test_a_slow_tokenizer_counts_its_cuts_as_a_fast_one_does(tokenizer):
+    """CANINE's tokens are characters, and it has no fast form."""
+    encoding, cut = encode_texts(CanineTokenizer(), [["abc", "abcdefgh", "abcd", "xyzxyz"]], 6)
+    assert cut == 2 and [len(ids) for ids in encoding["input_ids"]] == [5, 6, 6, 6]
+    texts = [["the film", "the film is very good"], ["a story", "not bad"]]
+    encoding, cut = encode_texts(tokenizer, texts, 8)
+    assert cut == 1 and [len(ids) for ids in encoding["input_ids"]] == [7, 8]
+
+
 def test_the_maximum_length_is_the_smaller_of_the_tokenizers_and_the_models(tokenizer):
     assert resolve_max_length(tokenizer, None, 512) == 32
     assert resolve_max_length(tokenizer, None, 16) == 16
@@ -437,6 +461,24 @@ def test_unlabelled_training_text_is_prepared_with_labels_to_report_on(tokenizer
     assert "labels" not in prepared.train.column_names
     assert "labels" not in prepared.calibration.column_names
     assert prepared.validation["labels"][:] == data["validation"]["label"][:]
+
+
+def test_labels_of_an_unusual_name_may_be_in_the_validation_rows_alone(tokenizer, caplog):
+    odd = rows(10, seed=1).rename_column("label", "verdict")
+    data = DatasetDict({"train": rows(40).remove_columns("label"), "validation": odd})
+    named = DataArguments(label_column="verdict")
+    settings = {"arguments": named, "teacher_config": BertConfig(num_labels=2), "max_positions": 16}
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare_data(data, tokenizer, **settings)
+    assert "labels" not in prepared.train.column_names
+    assert prepared.validation["labels"][:] == odd["verdict"][:]
+    assert "Only the validation rows have the column 'verdict'" in caplog.text
+    with pytest.raises(ValueError, match=r"'verdict', which only the validation rows have; .* have 'label'"):
+        prepare_data(DatasetDict({**data, "train": rows(40)}), tokenizer, **settings)
+    with pytest.raises(ValueError, match="`label_column` names 'verdikt', but the columns are: text"):
+        prepare_data(data, tokenizer, **{**settings, "arguments": DataArguments(label_column="verdikt")})
+    with pytest.raises(ValueError, match=r"validation rows have no label column.* with `label_column`"):
+        prepare_data(data, tokenizer, **{**settings, "arguments": None})
 
 
 def test_validation_without_labels_is_refused(tokenizer):

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    TrainerCallback,
+)
 
 import batch_prediction
 import calibrate_model
 import compress_checkpoint
+import demo
 import export_onnx
 import lora
 import push
 import train_with_trainer
 from demo_corpus import LABEL_NAMES, make_corpus, train_tokenizer
 from hf_costeff import ExitConfig, convert_from_stock
+from hf_costeff.cli import COMMANDS, main
 from hf_costeff.recipes import RECIPES, Phase, Recipe, fast_recipe
 from loopback_hub import LoopbackHub, run_python
+from test_readme import ROOT, commands
 
 TEXTS = ("a gripping film.", "the soup was not fresh.")
 
@@ -179,3 +190,70 @@ def test_a_model_is_pushed_and_asked_where_it_now_is(slim):
         assert done.returncode == 0, done.stderr
         assert f"Pushed to {hub.endpoint}/org/pushed/commit/" in done.stdout and "after layer 2 of 2" in done.stdout
         assert b"license: mit" in hub.files("org/pushed")["README.md"] and hub.repos["org/pushed"]["private"]
+
+
+class Killed(BaseException):
+    """Stands for a process that ends here."""
+
+
+class KilledInTheSecondEpoch(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.epoch > 1:
+            raise Killed
+
+
+def test_the_demo_goes_on_after_a_kill_and_the_commands_of_the_quickstart_work_on_what_it_leaves(
+    tmp_path, monkeypatch, capfd
+):
+    """From the teacher's second epoch on; then every command of the page on a file of the demo is run, but the push."""
+    monkeypatch.setitem(RECIPES, "fast", recipe_of_few_steps)
+    monkeypatch.chdir(tmp_path)
+    sizes = {"output_dir": ["build/demo"], "train_rows": [256], "held_out_rows": [100], "teacher_epochs": [2]}
+    original = demo.TeacherTrainer
+    monkeypatch.setattr(demo, "TeacherTrainer", functools.partial(original, callbacks=[KilledInTheSecondEpoch()]))
+    with pytest.raises(Killed):
+        run(monkeypatch, demo, **sizes)
+    assert not Path("build/demo/teacher").exists()
+    vocabulary = AutoTokenizer.from_pretrained("build/demo/teacher.working/tokenizer").get_vocab()
+    steps: list[int] = []
+    counting = LambdaOnStep(steps.append)
+    monkeypatch.setattr(demo, "TeacherTrainer", functools.partial(original, callbacks=[counting]))
+    run(monkeypatch, demo, **sizes)
+    assert steps == [5, 6, 7, 8]  # 256 rows in batches of 64: the first epoch was not repeated
+    assert AutoTokenizer.from_pretrained("build/demo/teacher").get_vocab() == vocabulary
+    assert {path.name for path in Path("build/demo").iterdir()} == {"data", "teacher", "model"}
+
+    out = capfd.readouterr().out
+    with open("build/demo/data/validation.csv") as file:
+        gold = list(csv.DictReader(file))
+    shown = [line for line in out.splitlines() if "  after layer " in line]
+    assert len(gold) == 100 and {row["label"] for row in gold} == set(LABEL_NAMES) and len(shown) == 8
+    for line, row in zip(shown, gold, strict=False):
+        label, _, verdict, *_ = line.split()
+        assert line.endswith(f"  {row['text']}") and verdict == ("right" if label == row["label"] else "WRONG")
+
+    calls = [
+        words for words in commands(ROOT / "docs" / "quickstart.md") if any("build/demo" in word for word in words)
+    ]
+    assert {words[0] for words in calls} == set(COMMANDS)
+    for words in calls:
+        monkeypatch.setattr(sys, "stdin", io.StringIO('"the plot is witty, but the ending ruins it."\n'))
+        assert words[0] == "push" or main(words) == 0, words
+    for name in (
+        "answers.csv",
+        "report/report.html",
+        "benchmark/benchmark.json",
+        "onnx/runner.py",
+        "quarter/SUMMARY.md",
+    ):
+        assert (Path("build/demo") / name).exists(), name
+
+
+class LambdaOnStep(TrainerCallback):
+    """Calls a function with the number of every step that ends."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function(state.global_step)

@@ -179,7 +179,7 @@ def slim(tmp_path, monkeypatch) -> str:
 
 
 def files(folder: str) -> list[str]:
-    return [f"--{role}_file={folder}/../{name}.csv" for role, name in (("train", "train"), ("validation", "rows"))]
+    return [f"--validation_file={folder}/../rows.csv"]
 
 
 def test_the_command_writes_the_page_and_says_where(slim, tmp_path, capsys):
@@ -204,7 +204,7 @@ def test_texts_do_not_go_into_a_folder_that_may_be_pushed(inside, slim, capsys):
 
 def test_the_command_refuses_what_it_cannot_report_on(slim, tmp_path, capsys):
     out = ["--output_dir", str(tmp_path / "told")]
-    assert main(["report", slim, *out, "--train_file", f"{slim}/../train.csv"]) == 1
+    assert main(["report", slim, *out, "--dataset", f"{slim}/.."]) == 1
     assert "No rows to report on are named" in capsys.readouterr().err
     assert main(["report", slim, *files(slim), *out, "--metric", "bleu"]) == 1
     assert "'bleu'" in capsys.readouterr().err

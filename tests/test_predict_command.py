@@ -118,11 +118,13 @@ def test_lists_are_written_as_lists(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("output", [[], ["--output", "answers.parquet"]])
-def test_no_rows_are_no_error(folder, tmp_path, monkeypatch, capsys, output):
+def test_no_rows_are_no_error_but_told(folder, tmp_path, monkeypatch, capsys, caplog, output):
     monkeypatch.chdir(tmp_path)
     stream(monkeypatch)
     assert main(["predict", folder, *output]) == 0
-    assert "{" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    if not output:  # not even an empty line, which would be no JSON
+        assert out == "" and "Nothing to answer: there are no rows in the standard input." in caplog.text
     assert not output or read_table(tmp_path / "answers.parquet").num_rows == 0
 
 
@@ -146,7 +148,23 @@ def test_what_was_done_before_a_broken_line_is_on_the_standard_output(folder, mo
     assert main(["predict", folder]) == 1
     out, err = capsys.readouterr()
     assert same(map(json.loads, out.splitlines()), expected[:5])
-    assert "Row 5 could not be read: JSONDecodeError" in err
+    assert "Row 5 could not be read: ValueError: the line '{broken' is no JSON (Expecting property name" in err
+
+
+def test_plain_text_on_the_standard_input_is_answered_with_how_to_give_it(folder, monkeypatch, capsys):
+    stream(monkeypatch, "a good film")
+    assert main(["predict", folder]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "the line 'a good film' is no JSON" in err
+    assert 'Write a text in quotation marks or as {"text": "..."}' in err and "--file texts.txt" in err
+
+
+def test_somebody_who_types_is_told_what_is_waited_for(folder, monkeypatch, capsys, caplog):
+    stream(monkeypatch, '"a good film"')
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main(["predict", folder]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert "Waiting for rows: one JSON string or object per line" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -156,13 +174,13 @@ def test_what_was_done_before_a_broken_line_is_on_the_standard_output(folder, mo
         (["--output", "answers.csv", "--top_k", "2"], "csv holds no lists"),
         (["--early_exit", "perhaps"], "Give true, false or a number"),
         (["--early_exit", "-1"], "`threshold` is -1.0"),
-        (["--batch_size", "0"], "`batch_size` is 0"),
+        (["--batch_size", "0"], "`--batch_size` is 0"),
         (["--file", "nowhere.txt"], "nowhere.txt"),
         (["--file", "nowhere.csv"], "does not exist"),
         (["--file", "rows.doc"], "Known endings are"),
         (["--output", "nowhere/answers.jsonl"], "nowhere/answers.jsonl"),
-        (["--device", "cuda:77"], "`device` is 'cuda:77'"),
-        (["--device", "toaster"], "`device` is 'toaster'"),
+        (["--device", "cuda:77"], "`--device` is 'cuda:77'"),
+        (["--device", "toaster"], "`--device` is 'toaster'"),
     ],
 )
 def test_a_mistake_in_the_call_is_named_and_nothing_is_written(folder, tmp_path, monkeypatch, capsys, words, message):

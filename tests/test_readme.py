@@ -7,13 +7,14 @@ import dataclasses
 import importlib
 import json
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from hf_costeff.commands import COMMANDS, Command
+from hf_costeff.commands import COMMANDS
 from hf_costeff.compression_args import CompressionArguments
 from hf_costeff.data import DataArguments
 
@@ -86,22 +87,28 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def flags_of(command: Command) -> set[str]:
-    return {flag.lstrip("-") for action in command.parser()._actions for flag in action.option_strings}
+def commands(page: Path) -> list[list[str]]:
+    """The calls of `hf-costeff` on a page, as the words after its name; what stands before a pipe is left out."""
+    lines = [line for block in blocks(page, "console") for line in block.replace("\\\n", " ").splitlines()]
+    calls = [shlex.split(line.removeprefix("$ ").split(" | ")[-1].split(" > ")[0], comments=True) for line in lines]
+    return [words[1:] for words in calls if words[:1] == ["hf-costeff"]]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=page_name)
+def test_every_command_of_a_page_is_understood(page):
+    for command, *words in commands(page):
+        if command.startswith("<"):
+            continue
+        parsed = COMMANDS[command].parse(words)
+        assert len(parsed) == len(COMMANDS[command].arguments), words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_every_flag_named_in_a_page_exists(page):
-    """A command line names flags of its own command; running text may name those of any."""
-    flags = {name: flags_of(command) for name, command in COMMANDS.items()}
-    for block in blocks(page, "console"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = line.removeprefix("$ ").split()
-            if words[:1] == ["hf-costeff"] and not words[1].startswith("<"):
-                assert words[1] in flags, line
-                assert set(FLAG.findall(line)) <= flags[words[1]], line
+def test_every_flag_named_in_running_text_exists(page):
+    actions = [action for command in COMMANDS.values() for action in command.parser()._actions]
+    flags = {flag.lstrip("-") for action in actions for flag in action.option_strings}
     named = set(FLAG.findall("\n".join(re.findall(r"`[^`\n]+`", prose(page)))))
-    assert named <= set().union(*flags.values(), OTHER_FLAGS), page_name(page)
+    assert named <= flags | OTHER_FLAGS, page_name(page)
 
 
 OTHER_FLAGS = {"flags", "task", "data", "models", "run", "steps", "seeds"}  # the benchmarks' own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -63,6 +64,21 @@ def test_the_summary_tells_the_figures_in_plain_words(result):
         "| slim, early exit | 0.8700 | 96.7% |",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ([1.0, 0.0], "100%, 0%. Every row left at the first exit, so no deeper layer answered."),
+        ([0.0, 1.0], "0%, 100%. No row left early."),
+        ([0.99, 0.01], "99%, 1%. |"),
+        ([1.0], "100%. |"),
+    ],
+)
+def test_the_summary_says_so_if_all_rows_leave_at_the_same_exit(shares, words, result):
+    rows = [*ROWS[:3], dataclasses.replace(ROWS[3], exit_shares=shares)]
+    text = " ".join(summarize(dataclasses.replace(result, rows=rows), FACTS).split())
+    assert f"exits): {words}" in text
 
 
 def test_everything_is_written_beside_the_model_and_readable_again(result):

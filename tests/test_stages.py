@@ -83,7 +83,7 @@ def test_the_same_settings_go_on_with_the_finished_stages(store):
 def test_other_settings_are_refused_naming_what_differs(change, message, store):
     with pytest.raises(ValueError, match=message) as error:
         StageStore(store.output_dir, {**SETTINGS, **change})
-    assert "holds the stages of another run" in str(error.value) and "Choose another output_dir" in str(error.value)
+    assert "holds the stages of another run" in str(error.value) and "Choose another `output_dir`" in str(error.value)
     assert StageStore(store.output_dir, SETTINGS)  # nothing was changed by the refusal
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -14,12 +15,12 @@ import torch
 from datasets import disable_progress_bars
 from safetensors import safe_open
 from torch.nn import functional
-from transformers import DataCollatorWithPadding, EvalPrediction, HfArgumentParser, TrainerCallback
+from transformers import DataCollatorWithPadding, EvalPrediction, HfArgumentParser, TrainerCallback, TrainingArguments
 
 import hf_costeff
 from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import CostEffTrainer, CostEffTrainingArguments
-from hf_costeff.trainer import Teacher, newest_whole_checkpoint
+from hf_costeff.trainer import Teacher, TeacherTrainer, newest_whole_checkpoint
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 COLLATOR = DataCollatorWithPadding(word_tokenizer())
@@ -203,41 +204,100 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(batch_size, accumul
 
 TWO_PROCESSES = """
 import sys
-sys.path[:0] = sys.argv[2:]
-import json, torch
+sys.path[:0] = sys.argv[3:]
+import torch
 from accelerate import PartialState, debug_launcher
 
 def train(folder):
-    from test_trainer import NO_DROPOUT, SGD, make_trainer, tiny_bert, tiny_model, token_rows, weights
+    import test_trainer
     from pathlib import Path
     torch.set_num_threads(1)
-    model = tiny_model(**NO_DROPOUT)
-    trainer = make_trainer(Path(folder), model, tiny_bert(), token_rows(8), task_weight=0.5, **SGD)
+    trainer = getattr(test_trainer, sys.argv[2])(Path(folder), per_device_train_batch_size=4)
     assert trainer.args.world_size == 2 and trainer.args.per_device_train_batch_size == 4
     trainer.train()
     if trainer.args.process_index == 0:
-        torch.save({"weights": weights(model), "log": trainer.state.log_history[0]}, f"{folder}/result.pt")
+        result = {"weights": test_trainer.weights(trainer.model), "log": trainer.state.log_history[0]}
+        torch.save(result, f"{folder}/result.pt")
 
 debug_launcher(train, (sys.argv[1],), num_processes=2)
 """
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    """Also with layers without heads or neurons: every parameter takes part, or DDP would complain."""
+def one_distillation_step(folder: Path, **changes) -> CostEffTrainer:
+    return make_trainer(
+        folder, tiny_model(**NO_DROPOUT), tiny_bert(), token_rows(8), task_weight=0.5, **{**SGD, **changes}
+    )
+
+
+def one_teacher_step(folder: Path, **changes) -> TeacherTrainer:
+    """A stock classifier on eight rows."""
+    return TeacherTrainer(
+        tiny_bert(problem_type="single_label_classification", hidden_dropout_prob=0, attention_probs_dropout_prob=0),
+        TrainingArguments(
+            **{**SGD, **changes},
+            **{"logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": "none"},
+            output_dir=str(folder),
+        ),
+        train_dataset=token_rows(8),
+        data_collator=COLLATOR,
+    )
+
+
+def in_two_processes(folder: Path, trainer: str) -> dict:
+    """Weights and first log after training what the function of that name makes, half of each batch per process."""
     paths = [str(Path(__file__).parent), str(Path(hf_costeff.__file__).parents[1])]
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), *paths]
+    command = [sys.executable, "-c", TWO_PROCESSES, str(folder), trainer, *paths]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
-    found = torch.load(tmp_path / "result.pt")
+    return torch.load(folder / "result.pt")
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    """Also with layers without heads or neurons: every parameter takes part, or DDP would complain."""
+    found = in_two_processes(tmp_path, "one_distillation_step")
     rows, teacher = token_rows(8), tiny_bert()
     expected = plain_sgd_step(rows, teacher, {"task_loss": 0.5, "soft_label_loss": 1.0, "representation_loss": 1.0})
     assert_same_weights(found["weights"], expected, rtol=1e-5, atol=1e-6)
-    alone = make_trainer(
-        tmp_path / "one", tiny_model(**NO_DROPOUT), teacher, rows, task_weight=0.5, per_device_train_batch_size=8, **SGD
-    )
+    alone = one_distillation_step(tmp_path / "one", per_device_train_batch_size=8)
     alone.train()
     for part in PARTS:
         assert found["log"][part] == pytest.approx(alone.state.log_history[0][part], abs=2e-4)
+
+
+def plain_teacher_step() -> dict[str, torch.Tensor]:
+    """A stock classifier's weights after one step of gradient descent on upstream's own loss."""
+    model = one_teacher_step(Path("never")).model.train()
+    model(**batch_of(token_rows(8))).loss.backward()
+    return {
+        name: tensor - SGD["learning_rate"] * model.get_parameter(name).grad
+        if name in dict(model.named_parameters())
+        else tensor
+        for name, tensor in weights(model).items()
+    }
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (2, 4)])
+def test_a_teacher_is_fine_tuned_on_the_gradients_of_the_whole_batch(batch_size, accumulation, tmp_path):
+    sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    trainer = one_teacher_step(tmp_path, **sizes)
+    trainer.train()
+    assert_same_weights(weights(trainer.model), plain_teacher_step(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_teachers_classes_are_weighed_as_asked(tmp_path):
+    weighed = TeacherTrainer(
+        one_teacher_step(tmp_path).model, TrainingArguments(tmp_path), class_weights=[0.5, 1.0, 4.0]
+    )
+    batch = batch_of(token_rows(8))
+    logits = weighed.model.eval()(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+    expected = functional.cross_entropy(logits, batch["labels"], weight=torch.tensor([0.5, 1.0, 4.0]))
+    torch.testing.assert_close(weighed.compute_loss(weighed.model, dict(batch)), expected)
+    assert abs(expected - functional.cross_entropy(logits, batch["labels"])) > 1e-3
+
+
+def test_a_teacher_is_fine_tuned_on_the_same_gradients_by_two_processes(tmp_path):
+    found = in_two_processes(tmp_path, "one_teacher_step")
+    assert_same_weights(found["weights"], plain_teacher_step(), rtol=1e-5, atol=1e-6)
 
 
 # --- logs and metrics
@@ -410,7 +470,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(damage, uninterrupted, interrupted, tmp_path):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    damage, uninterrupted, interrupted, tmp_path, monkeypatch
+):
     folder = tmp_path / "run"
     shutil.copytree(interrupted, folder)
     DAMAGES[damage](folder / "checkpoint-6")
@@ -424,7 +486,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(damage, uni
         trainer_options={"callbacks": [Watch(lambda step, model: steps.append(step))]},
         **RESUMED,
     )
+    said: list[str] = []
+    monkeypatch.setattr("hf_costeff.trainer.logger.warning", said.append)
     trainer.train(resume_from_checkpoint=True)
+    assert said[-1] == f"Going on from {newest}."
     assert steps == ([7, 8] if damage == "none" else [5, 6, 7, 8])
     assert_same_weights(weights(trainer.model), uninterrupted)
 
@@ -438,6 +503,50 @@ def test_with_every_checkpoint_damaged_a_run_starts_afresh(uninterrupted, interr
     trainer = make_trainer(folder, tiny_model(), tiny_bert(), **RESUMED)
     trainer.train(resume_from_checkpoint=True)
     assert_same_weights(weights(trainer.model), uninterrupted)
+
+
+WITH_BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "earliness",
+}
+
+
+def earliest_is_best() -> dict:
+    """A metric that falls with every evaluation, so that the first checkpoint is the best."""
+    seen = itertools.count()
+    return {"compute_metrics": lambda evaluation: {"earliness": -next(seen)}}
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_starts_afresh_and_ends_the_same(tmp_path):
+    def trainer():
+        return make_trainer(
+            tmp_path, tiny_model(), tiny_bert(), trainer_options=earliest_is_best(), **RESUMED, **WITH_BEST
+        )
+
+    first = trainer()
+    first.train()
+    best = weights(first.model)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-8"}
+    truncate(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert newest_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")  # good enough where no best is loaded
+    assert newest_whole_checkpoint(tmp_path, with_best=True) is None
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(again.model), best)
+
+
+def test_a_best_checkpoint_that_is_damaged_while_training_is_a_clear_error(tmp_path):
+    def damage(step, model):
+        if step == 7:
+            truncate(tmp_path / "checkpoint-2" / "model.safetensors")
+
+    options = {**earliest_is_best(), "callbacks": [Watch(damage)]}
+    trainer = make_trainer(tmp_path, tiny_model(), tiny_bert(), trainer_options=options, **RESUMED, **WITH_BEST)
+    with pytest.raises(ValueError, match=r"checkpoint-2 is damaged\. Train again with resume_from_checkpoint=True"):
+        trainer.train()
 
 
 def test_the_newest_checkpoint_is_told_by_number_and_other_folders_do_not_count(interrupted, tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
 from huggingface_hub.errors import StrictDataclassError
 
-from .commands import COMMANDS
+from .commands import COMMANDS, Command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,10 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         sys.stderr.write(f"hf-costeff: unknown command {words[0]!r}\n{usage}\n")
         return 2
+    command = COMMANDS[words[0]]
     try:
-        sys.stdout.write(COMMANDS[words[0]](words[1:]) + "\n")
+        if result := command(words[1:]):
+            sys.stdout.write(result + "\n")
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         strict = isinstance(error, StrictDataclassError) and error.__cause__ is not None
-        sys.stderr.write(f"hf-costeff {words[0]}: {error.__cause__ if strict else error}\n")
+        message = _with_flags(str(error.__cause__ if strict else error), command)
+        sys.stderr.write(f"hf-costeff {command.name}: {message}\n")
         return 1
     return 0
+
+
+def _with_flags(message: str, command: Command) -> str:
+    """The message with the names of arguments, which it has as in Python, as they are typed here."""
+    flags = {action.dest for action in command.parser()._actions}
+    return re.sub(r"`(\w+)`", lambda name: f"`--{name[1]}`" if name[1] in flags else name[0], message)

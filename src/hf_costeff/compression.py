@@ -37,7 +37,7 @@ from .class_outcomes import class_outcomes
 from .compression_args import CompressionArguments, CompressionPlan
 from .conversion import check_same_shape, convert_config, convert_from_stock
 from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
-from .distillation import bf16_pays, importance_against, prepared, random_batches, training_arguments
+from .distillation import bf16_pays, importance_against, log_to_stderr, prepared, random_batches, training_arguments
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     checkpoint_bytes,
@@ -51,9 +51,7 @@ from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
 from .hub import push_folder
 from .importance import compute_importance
-from .losses import task_loss
 from .metrics import check_metric, default_metric
-from .metrics import compute_metrics as metrics_of
 from .model_card import write_model_card
 from .recipes import RECIPES, Phase, Recipe
 from .report import CompressionResult, describe_hardware, write_report
@@ -67,7 +65,7 @@ from .slenderization import (
     solve_widths,
 )
 from .stages import StageStore
-from .trainer import CostEffTrainer, ResumableTrainer, Teacher
+from .trainer import CostEffTrainer, ResumableTrainer, Teacher, TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -346,20 +344,13 @@ class Compression:
                 self.arguments.teacher, config=self.teacher_config, dtype=torch.float32
             )
         )
-        weights = self._class_weights()
-        trainer = ResumableTrainer(
+        trainer = TeacherTrainer(
             model,
             self._training_arguments(TrainingArguments, "teacher", self.recipe.teacher, best_by=self.metric),
+            class_weights=self._class_weights(),
             train_dataset=self.data.train,
             eval_dataset=self.calibration,
             data_collator=self.collator,
-            compute_loss_func=lambda outputs, labels, num_items_in_batch: task_loss(
-                [outputs.logits],
-                labels,
-                self.data.problem_type,
-                None if weights is None else torch.tensor(weights, device=labels.device),
-            ),
-            compute_metrics=lambda result: metrics_of(result.predictions, result.label_ids, self.data.problem_type),
         )
         return self._run_trainer(trainer)
 
@@ -512,6 +503,7 @@ class Compression:
         return trained, {**record, "loss_weights": trainer.loss_weights}
 
     def _run_trainer(self, trainer: ResumableTrainer, evaluate: bool = True) -> tuple[PreTrainedModel, dict[str, Any]]:
+        log_to_stderr(trainer)
         trainer.train(resume_from_checkpoint=True)
         losses = [entry for entry in trainer.state.log_history if "loss" in entry]
         record: dict[str, Any] = {

@@ -13,12 +13,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict
-from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .columns import Columns, LabelInfo, check_texts, encode_labels, find_columns, is_string, resolve_labels
 from .exit_criteria import SINGLE_LABEL
@@ -44,20 +44,71 @@ _WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+|[^\\w\\s]")
 
 
 @dataclass
-class DataArguments:
-    """Where the rows come from and which columns and splits to use; every field is a command-line flag.
+class SplitArguments:
+    """Where the rows come from and how they are read; every field is a command-line flag.
 
     Raises:
         ValueError: Fields that contradict each other or lie out of range.
     """
 
+    file_flags: ClassVar[tuple[str, ...]] = ("validation_file",)
+
     dataset: str | None = field(default=None, metadata={"help": "Hub id or local folder of a dataset."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset, e.g. sst2."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "Training rows in csv, tsv, json, jsonl or parquet, instead of a dataset."}
-    )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Validation rows in one of the same formats; without it, cut from train."}
+        default=None,
+        metadata={"help": f"Rows in {', '.join(name[1:] for name in FILE_READERS)}, instead of a dataset."},
+    )
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "The text column, or the two of a pair. Default: found by the usual names."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "The label column. Default: found by the usual names."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens per row, longer rows are cut. Default: what the model can take."}
+    )
+    max_validation_rows: int | None = field(
+        default=None, metadata={"help": "Use a random sample of this many rows to report on. Default: all."}
+    )
+    data_seed: int = field(default=42, metadata={"help": "Seed of every sample and cut."})
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that are named, by split."""
+        files = {flag.removesuffix("_file"): getattr(self, flag) for flag in self.file_flags}
+        return {split: path for split, path in files.items() if path}
+
+    def __post_init__(self) -> None:
+        if self.dataset and self.files:
+            raise ValueError(
+                f"Both `dataset` ({self.dataset!r}) and files ({next(iter(self.files.values()))!r}) are given. "
+                f"Give either `dataset`, or {' and '.join(f'`{flag}`' for flag in self.file_flags)}."
+            )
+        if self.text_columns is not None and len(self.text_columns) not in (1, 2):
+            raise ValueError(f"`text_columns` is {self.text_columns}. It must name one column, or two for text pairs.")
+        for name in ("max_length", "max_validation_rows"):
+            self._check_count(name)
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` is {value}. It must be at least 1; leave it out for the default.")
+
+
+@dataclass
+class DataArguments(SplitArguments):
+    """The rows to train, calibrate and report on: [`SplitArguments`], and which splits do what.
+
+    Raises:
+        ValueError: Fields that contradict each other or lie out of range.
+    """
+
+    file_flags = ("train_file", "validation_file")
+
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Training rows in one of the same formats; validation is cut from them if need be."},
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     calibration_split: str | None = field(
@@ -68,39 +119,18 @@ class DataArguments:
         default=None,
         metadata={"help": "Split to report on. Default: validation, validation_matched, dev or test, else a cut."},
     )
-    text_columns: list[str] | None = field(
-        default=None, metadata={"help": "The text column, or the two of a pair. Default: found by the usual names."}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "The label column. Default: found by the usual names."}
-    )
     calibration_rows: int | None = field(
         default=None,
         metadata={"help": "Rows to cut for calibration. Default: a tenth of train, at least 200 and at most 2000."},
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens per row, longer rows are cut. Default: what the model can take."}
-    )
     max_train_rows: int | None = field(
         default=None, metadata={"help": "Use a random sample of this many training rows. Default: all."}
     )
-    max_validation_rows: int | None = field(
-        default=None, metadata={"help": "Use a random sample of this many validation rows. Default: all."}
-    )
-    data_seed: int = field(default=42, metadata={"help": "Seed of every sample and cut."})
 
     def __post_init__(self) -> None:
-        if self.dataset and (self.train_file or self.validation_file):
-            raise ValueError(
-                f"Both `dataset` ({self.dataset!r}) and files ({self.train_file or self.validation_file!r}) are given. "
-                "Give either `dataset`, or `train_file` and `validation_file`."
-            )
-        if self.text_columns is not None and len(self.text_columns) not in (1, 2):
-            raise ValueError(f"`text_columns` is {self.text_columns}. It must name one column, or two for text pairs.")
-        for name in ("calibration_rows", "max_length", "max_train_rows", "max_validation_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}. It must be at least 1; leave it out for the default.")
+        super().__post_init__()
+        for name in ("calibration_rows", "max_train_rows"):
+            self._check_count(name)
         splits = (self.train_split, self.calibration_split, self.validation_split)
         named = [split for split in splits if split is not None]
         if len(set(named)) < len(named):
@@ -161,7 +191,8 @@ def load_splits(
         ValueError: A dataset, configuration, file or split that is not there (the message says what is), or no rows.
         TypeError: `data` is of another kind, e.g. a streaming dataset.
     """
-    dataset, arguments = open_dataset(data, arguments)
+    arguments = data if isinstance(data, DataArguments) else arguments or DataArguments()
+    dataset = open_dataset({arguments.train_split: data} if isinstance(data, Dataset) else data, arguments)
     wanted = {"train": arguments.train_split, "calibration": arguments.calibration_split}
     if arguments.train_file:
         wanted["train"] = "train"
@@ -172,34 +203,31 @@ def load_splits(
 
 
 def open_dataset(
-    data: DataArguments | DatasetDict | Dataset | str, arguments: DataArguments | None = None
-) -> tuple[DatasetDict, DataArguments]:
-    """The dataset with all its splits under their own names, and the arguments that go with it.
+    data: SplitArguments | Mapping[str, Dataset] | Dataset | str, arguments: SplitArguments | None = None
+) -> DatasetDict:
+    """The dataset with all its splits under their own names; a single one is `train`.
 
     Raises:
         ValueError: As at `load_splits`.
         TypeError: As at `load_splits`.
     """
-    if isinstance(data, DataArguments):
-        arguments = data
-        if data.train_file or data.validation_file:
-            files = {"train": data.train_file, "validation": data.validation_file}
-            return DatasetDict({name: _read_file(path) for name, path in files.items() if path}), arguments
+    if isinstance(data, SplitArguments):
+        if data.files:
+            return DatasetDict({name: _read_file(path) for name, path in data.files.items()})
         if not data.dataset:
-            raise ValueError("No training data is named. Give `dataset` (Hub id or local folder) or `train_file`.")
-        return _open_named(data.dataset, data.dataset_config), arguments
-    arguments = arguments or DataArguments()
+            raise ValueError(f"No data is named. Give `dataset` (Hub id or local folder) or `{data.file_flags[0]}`.")
+        return _open_named(data.dataset, data.dataset_config)
     if isinstance(data, (str, Path)):
         path = Path(data)
         if path.suffix.lower() in FILE_READERS and not path.is_dir():
-            return DatasetDict({"train": _read_file(str(path))}), arguments
-        return _open_named(str(data), arguments.dataset_config), arguments
+            return DatasetDict({"train": _read_file(str(path))})
+        return _open_named(str(data), None if arguments is None else arguments.dataset_config)
     if isinstance(data, Dataset):
-        return DatasetDict({arguments.train_split: data}), arguments
+        return DatasetDict({"train": data})
     if isinstance(data, Mapping) and all(isinstance(split, Dataset) for split in data.values()):
-        return DatasetDict(data), arguments
+        return DatasetDict(data)
     raise TypeError(
-        f"The data is a {type(data).__name__}. Expected a DataArguments, Dataset, DatasetDict, or the name of a Hub "
+        f"The data is a {type(data).__name__}. Expected arguments, a Dataset, a DatasetDict, or the name of a Hub "
         "dataset, folder or file; load a streaming dataset into memory first."
     )
 
@@ -273,6 +301,23 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, columns: Colu
     return tokens
 
 
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], max_length: int
+) -> tuple[BatchEncoding, int]:
+    """The tokens of texts or pairs, not padded, and how many rows were cut.
+
+    Args:
+        tokenizer: Fast or slow.
+        texts: The texts, or the first and the second texts of pairs.
+        max_length: Tokens per row, special tokens included.
+    """
+    encoding = tokenizer(*map(list, texts), truncation=True, max_length=max_length)
+    if encoding.encodings is not None:
+        return encoding, sum(bool(row.overflowing) for row in encoding.encodings)
+    whole = tokenizer(*map(list, texts), verbose=False)  # a slow tokenizer does not tell what it cuts
+    return encoding, sum(len(ids) > max_length for ids in whole["input_ids"])
+
+
 def resolve_max_length(
     tokenizer: PreTrainedTokenizerBase, max_length: int | None, max_positions: int, pair: bool = False
 ) -> int:
@@ -313,11 +358,7 @@ def prepare_data(
         TypeError: As at `load_splits`.
     """
     splits, arguments = load_splits(data, arguments)
-    columns = find_columns(splits["train"], arguments.text_columns, arguments.label_column)
-    labels = resolve_labels(splits["train"], columns, teacher_config)
-    if columns.label is None and "validation" in splits:  # unlabelled train, labels to report on
-        columns = Columns(columns.text, find_columns(splits["validation"], columns.text).label)
-        labels = resolve_labels(splits["validation"], columns, teacher_config)
+    columns, labels = _columns_and_labels(splits, arguments, teacher_config)
     raw = DatasetDict({name: encode_labels(split, columns, labels, name) for name, split in splits.items()})
     raw, notes = _complete(raw, columns, arguments)
     _check_labelled(raw, labels)
@@ -338,11 +379,11 @@ def prepare_data(
 
 
 def prepare_split(
-    data: DataArguments | DatasetDict | Dataset | str,
+    data: SplitArguments | DatasetDict | Dataset | str,
     split: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    arguments: DataArguments | None = None,
+    arguments: SplitArguments | None = None,
     config: PreTrainedConfig,
     max_positions: int,
     require_labels: bool = True,
@@ -362,8 +403,8 @@ def prepare_split(
         ValueError: As at `prepare_data`; among others if the split has no labels and needs them.
         TypeError: As at `load_splits`.
     """
-    dataset, arguments = open_dataset(data, arguments)
-    rows = _pick(dataset, split, "split")
+    rows = _pick(open_dataset(data, arguments), split, "split")
+    arguments = data if isinstance(data, SplitArguments) else arguments or SplitArguments()
     columns = find_columns(rows, arguments.text_columns, arguments.label_column)
     if columns.label is None and require_labels:
         raise ValueError(
@@ -486,6 +527,27 @@ def _cut(splits: DatasetDict, role: str, columns: Columns, rows: int | None, see
     return DatasetDict({**splits, "train": train, role: held})
 
 
+def _columns_and_labels(
+    splits: DatasetDict, arguments: DataArguments, teacher_config: PreTrainedConfig | None
+) -> tuple[Columns, LabelInfo]:
+    """The columns, and what the labels mean; unlabelled training rows leave that to the validation rows."""
+    train, validation = splits["train"], splits.get("validation")
+    named = arguments.label_column
+    only_validation = validation is not None and named in validation.column_names and named not in train.column_names
+    columns = find_columns(train, arguments.text_columns, None if only_validation else named)
+    if only_validation and columns.label is not None:
+        raise ValueError(
+            f"`label_column` names {named!r}, which only the validation rows have; the training rows have "
+            f"{columns.label!r}. Give the column one name in all splits, or take it out of the training rows."
+        )
+    if only_validation:
+        logger.warning("Only the validation rows have the column %r: the training rows count as unlabelled.", named)
+    if columns.label is None and validation is not None:
+        columns = find_columns(validation, columns.text, named)
+        return columns, resolve_labels(validation, columns, teacher_config)
+    return columns, resolve_labels(train, columns, teacher_config)
+
+
 def _complete(raw: DatasetDict, columns: Columns, arguments: DataArguments) -> tuple[DatasetDict, dict[str, Any]]:
     """Samples the splits, cuts those that are missing, and notes how each came about."""
     notes: dict[str, Any] = {"data_seed": arguments.data_seed, "dropped_train_rows": {}}
@@ -565,12 +627,8 @@ def _tokenize(
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         nonlocal cut
-        texts = [batch[name] for name in columns.text]
-        encoding = tokenizer(*texts, verbose=False)
-        too_long = sum(len(ids) > max_length for ids in encoding["input_ids"])
-        if too_long:
-            cut += too_long
-            encoding = tokenizer(*texts, truncation=True, max_length=max_length)
+        encoding, too_long = encode_texts(tokenizer, [batch[name] for name in columns.text], max_length)
+        cut += too_long
         return {name: encoding[name] for name in token_features}
 
     names = list(tokenizer("", *[""] * (len(columns.text) - 1)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from .exit_criteria import answers
 from .losses import importance_loss
@@ -76,6 +78,25 @@ def training_arguments(
         report_to="none",
         **extra,
     )
+
+
+class ProgressOnStderr(ProgressCallback):
+    """Upstream's progress bar, with the logs on the standard error too, where the bar is."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Write the logs above the bar."""
+        with redirect_stdout(sys.stderr):
+            super().on_log(*args, **kwargs)
+
+
+def log_to_stderr(trainer: Trainer) -> None:
+    """Keep the standard output for results: logs go above the bar, and nowhere where there is none.
+
+    A notebook's table stays as it is.
+    """
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ProgressOnStderr())
 
 
 def random_batches(

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .columns import find_columns
-from .data import make_collator, resolve_max_length
+from .data import encode_texts, make_collator, resolve_max_length
 from .exit_criteria import ExitConfig
 from .exiting_rows import ExitPlan, LeavingRows, RunningRows
 from .modeling_costeff import (
@@ -215,8 +215,8 @@ class TextReader:
             logger.warning("%d of %d rows had more than %d tokens and were cut.", self.cut_rows, start, self.max_length)
 
     def _batches(self, window: list[Text], start: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        encoded = self.tokenizer(*map(list, zip(*window, strict=True)), truncation=True, max_length=self.max_length)
-        self.cut_rows += sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
+        encoded, cut = encode_texts(self.tokenizer, list(zip(*window, strict=True)), self.max_length)
+        self.cut_rows += cut
         names = [name for name in MODEL_INPUTS if name in encoded]
         lengths = [len(ids) for ids in encoded["input_ids"]]
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)

@@ -102,7 +102,7 @@ table counts every text at 128 tokens, as the paper does). On this machine
 {teacher.ms_per_text["32"] / early.ms_per_text["32"]:.1f} times faster at batch 32 and
 {teacher.ms_per_text["1"] / early.ms_per_text["1"]:.1f} times faster one text at a time.
 
-Share of rows per exit, shallow to deep ({depth} exits): {shares}.
+Share of rows per exit, shallow to deep ({depth} exits): {shares}.{_hint(early.exit_shares)}
 
 {result.table()}
 
@@ -110,3 +110,14 @@ The exit threshold was chosen on {report["exit_config"]["calibration"]["rows"]:,
 validation rows were used for this report alone. Full settings, every stage and the whole speed-accuracy curve are in
 `efficiency.json`.
 """
+
+
+def _hint(exit_shares: Sequence[float]) -> str:
+    """What to make of it if all rows do the same."""
+    if len(exit_shares) > 1 and exit_shares[0] == 1:
+        return (
+            "\nEvery row left at the first exit, so no deeper layer answered. Calibrate for a smaller loss to use them."
+        )
+    if len(exit_shares) > 1 and exit_shares[-1] == 1:
+        return "\nNo row left early. Calibrate for a larger loss, or use the model at full depth."
+    return ""

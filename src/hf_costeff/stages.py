@@ -40,7 +40,7 @@ class StageStore:
         elif self._holds_other_files():
             raise ValueError(
                 f"The output folder {self.output_dir} is not empty and holds no run to go on with. "
-                "Choose another output_dir, or empty it."
+                "Choose another `output_dir`, or empty it."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         for finished in self.folder.glob(f"*/{RECORD_FILE}"):  # what a kill just after a rename left behind
@@ -61,7 +61,7 @@ class StageStore:
         except ValueError as error:
             raise ValueError(
                 f"{run_file} is damaged ({error}), so it cannot be told whose stages these are. Choose another "
-                "output_dir, or delete this one."
+                "`output_dir`, or delete this one."
             ) from error
 
     def _check_same_run(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ class StageStore:
             changes = ", ".join(f"{key} was {found.get(key)!r}, now {wanted.get(key)!r}" for key in differing)
             raise ValueError(
                 f"The output folder {self.output_dir} holds the stages of another run ({changes}). "
-                "Choose another output_dir, delete this one, or repeat the first settings to go on."
+                "Choose another `output_dir`, delete this one, or repeat the first settings to go on."
             )
 
     def working_dir(self, name: str) -> Path:

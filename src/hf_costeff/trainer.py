@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy
 from transformers.utils import logging
 
@@ -92,7 +94,9 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As upstream's; `True` resumes from the newest whole checkpoint, or starts afresh."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir, self.args.load_best_model_at_end)
+            if resume_from_checkpoint is not None:
+                logger.warning(f"Going on from {resume_from_checkpoint}.")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -102,6 +106,60 @@ class ResumableTrainer(Trainer):
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if folder.is_dir():  # rotation may have removed it already
                 write_checksums(folder)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_world_process_zero() and not is_whole(Path(best)):
+            raise ValueError(
+                f"The best checkpoint {best} is damaged. Train again with resume_from_checkpoint=True: it goes on from "
+                "a checkpoint that does not need this one, or starts afresh."
+            )
+        super()._load_best_model()
+
+
+class TeacherTrainer(ResumableTrainer):
+    """Fine-tunes a stock classifier, to be a teacher, on true labels alone.
+
+    Upstream's own loss of a stock classifier grows with the accumulation steps and the number of processes; this one is
+    the mean over the rows of a step, however they are spread.
+
+    Args:
+        model: A stock classifier whose config has a `problem_type`.
+        args: Upstream's `TrainingArguments`.
+        class_weights: Weight of each class; `None` weighs all alike.
+        **kwargs: Everything else upstream's `Trainer` takes.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean over its batch
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        class_weights: list[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, compute_metrics=self._metrics, **kwargs)
+        self.problem_type = model.config.problem_type
+        self.class_weights = class_weights
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss on the true labels, and the model's outputs if asked for."""
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        weights = None if self.class_weights is None else torch.tensor(self.class_weights, device=labels.device)
+        loss = task_loss([outputs.logits], labels, self.problem_type, weights, self.args.label_smoothing_factor)
+        return (loss, outputs) if return_outputs else loss
+
+    def _metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
+        return default_metrics(evaluation.predictions, evaluation.label_ids, self.problem_type)
 
 
 class CostEffTrainer(ResumableTrainer):
@@ -360,13 +418,29 @@ class CostEffTrainer(ResumableTrainer):
         return default_metrics(evaluation.predictions, evaluation.label_ids, self.model.config.resolved_problem_type)
 
 
-def newest_whole_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest undamaged `checkpoint-<step>` in a folder, or `None`; broken ones are named in a warning."""
+def newest_whole_checkpoint(output_dir: str | Path, with_best: bool = False) -> str | None:
+    """The newest undamaged `checkpoint-<step>` in a folder, or `None`; broken ones are named in a warning.
+
+    Args:
+        output_dir: The trainer's folder.
+        with_best: Whether the best checkpoint so far has to be whole too, because it is loaded at the end.
+    """
     folders = [
         path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
     ]
     for folder in sorted(folders, key=lambda path: -int(path.name.split("-")[-1])):
-        if is_whole(folder):
+        if not is_whole(folder):
+            logger.warning(f"Checkpoint {folder} is incomplete or damaged; falling back to the one before it.")
+        elif with_best and not is_whole(best := _best_beside(folder)):
+            logger.warning(
+                f"Checkpoint {folder} needs {best.name}, which is damaged; falling back to the one before it."
+            )
+        else:
             return str(folder)
-        logger.warning(f"Checkpoint {folder} is incomplete or damaged; falling back to the one before it.")
     return None
+
+
+def _best_beside(checkpoint: Path) -> Path:
+    """The best checkpoint when this one was written; itself if none was told apart."""
+    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
+    return checkpoint if best is None else checkpoint.parent / Path(best).name

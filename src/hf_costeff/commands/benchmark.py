@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..benchmarking import PRECISIONS, BenchmarkGrid, benchmark, choose_exits, write_benchmark
 from ..checkpoints import load_classifier
-from ..data import DataArguments, make_collator, prepare_split
+from ..data import SplitArguments, make_collator, prepare_split
 from .command import Command, load_slim, writable_folder
 
 
@@ -52,7 +52,7 @@ class BenchmarkArguments:
         )
 
 
-def run(wanted: BenchmarkArguments, data: DataArguments) -> str:
+def run(wanted: BenchmarkArguments, data: SplitArguments) -> str:
     """Choose the exits if asked to, measure if there is a teacher, and say what came out."""
     grid = wanted.grid()
     folder = writable_folder(wanted.model, None) if wanted.choose_exits else ""
@@ -78,5 +78,5 @@ def run(wanted: BenchmarkArguments, data: DataArguments) -> str:
 
 
 BENCHMARK = Command(
-    "benchmark", "time a model against its teacher", (BenchmarkArguments, DataArguments), run, first="model"
+    "benchmark", "time a model against its teacher", (BenchmarkArguments, SplitArguments), run, first="model"
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..calibration import describe_seen
-from ..data import DataArguments, make_collator, prepare_split
+from ..data import SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from ..exit_criteria import CRITERIA, ExitConfig
 from ..guarantees import describe_promise
@@ -57,7 +57,7 @@ class CalibrationArguments:
     )
 
 
-def run(wanted: CalibrationArguments, data: DataArguments) -> str:
+def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
     """Choose the exit settings, save them in the model, and say what was seen and promised."""
     folder = writable_folder(wanted.model, wanted.output_dir)
     model, tokenizer = load_slim(wanted.model)
@@ -131,7 +131,7 @@ def _promise(seen: dict[str, Any]) -> str:
 CALIBRATE = Command(
     "calibrate",
     "choose a model's exit threshold on held-out rows",
-    (CalibrationArguments, DataArguments),
+    (CalibrationArguments, SplitArguments),
     run,
     first="model",
 )

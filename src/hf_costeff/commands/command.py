@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
@@ -40,7 +41,11 @@ class Command:
         return parser
 
     def __call__(self, words: Sequence[str]) -> str:
-        """Parse the words after the command's name, run it, and return what to print.
+        """Parse the words after the command's name, run it, and return what to print."""
+        return self.run(*self.parse(words))
+
+    def parse(self, words: Sequence[str]) -> tuple[Any, ...]:
+        """The arguments that the words after the command's name give, one instance of each dataclass.
 
         Raises:
             ValueError: For an unknown flag, with the nearest known one.
@@ -55,7 +60,7 @@ class Command:
             near = get_close_matches(unknown[0], flags, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists the flags."
             raise ValueError(f"Unknown: {' '.join(unknown)}. {hint}")
-        return self.run(*parsed)
+        return tuple(parsed)
 
 
 def load_slim(name: str) -> tuple[CostEffForSequenceClassification, PreTrainedTokenizerBase]:

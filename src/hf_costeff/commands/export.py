@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..data import DataArguments, prepare_split
+from ..data import SplitArguments, prepare_split
 from ..export import Int8Loss, export_onnx
 from .command import Command, load_slim
 
@@ -35,7 +35,7 @@ class ExportArguments:
             raise ValueError("`split` names rows to measure int8 on, and int8 is off. Give --int8 too.")
 
 
-def run(wanted: ExportArguments, data: DataArguments) -> str:
+def run(wanted: ExportArguments, data: SplitArguments) -> str:
     """Export the model, and say what was checked and what int8 changed."""
     model, tokenizer = load_slim(wanted.model)
     rows = None
@@ -63,5 +63,5 @@ def describe_int8(loss: Int8Loss) -> str:
 
 
 EXPORT = Command(
-    "export", "write a model as ONNX graphs with a runner", (ExportArguments, DataArguments), run, first="model"
+    "export", "write a model as ONNX graphs with a runner", (ExportArguments, SplitArguments), run, first="model"
 )

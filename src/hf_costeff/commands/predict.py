@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,9 +17,11 @@ import pyarrow as pa
 from pyarrow.csv import CSVWriter
 from pyarrow.parquet import ParquetWriter
 
-from ..data import FILE_READERS, DataArguments, open_dataset
+from ..data import FILE_READERS, SplitArguments, open_dataset
 from ..prediction import chunked, predict_texts
 from .command import Command, load_slim
+
+logger = logging.getLogger(__name__)
 
 Writer = Callable[[list[dict[str, Any]]], Any]
 TEXT_ENDING = ".txt"
@@ -92,7 +95,7 @@ class PredictionArguments:
 
 def run(wanted: PredictionArguments) -> str:
     """Answer every row and write the answers as they come; returns what to print."""
-    rows = read_lines(sys.stdin) if wanted.file is None else read_file(wanted.file)
+    rows = read_lines(_standard_input()) if wanted.file is None else read_file(wanted.file)
     model, tokenizer = load_slim(wanted.model)
     try:
         model.to(wanted.device)
@@ -110,7 +113,10 @@ def run(wanted: PredictionArguments) -> str:
         show_progress=sys.stderr.isatty(),
     )
     if wanted.output is None:
-        return write_lines(answers)
+        last = write_lines(answers)
+        if not last:
+            logger.warning("Nothing to answer: there are no rows in %s.", wanted.file or "the standard input")
+        return last
     done, layers = 0, 0
     with WRITERS[Path(wanted.output).suffix.lower()](wanted.output, schema(wanted.top_k)) as write:
         try:
@@ -127,16 +133,33 @@ def read_file(path: str) -> Iterable[Any]:
     """The rows of a file: the lines of a txt file, or a `datasets.Dataset`."""
     if Path(path).suffix.lower() == TEXT_ENDING:
         return (line.rstrip("\r\n") for line in open(path, encoding="utf-8"))
-    return open_dataset(DataArguments(train_file=path))[0]["train"]
+    return open_dataset(SplitArguments(validation_file=path))["validation"]
+
+
+def _standard_input() -> Iterable[str]:
+    if sys.stdin.isatty():
+        logger.warning("Waiting for rows: one JSON string or object per line; Ctrl-D ends them.")
+    return sys.stdin
 
 
 def read_lines(lines: Iterable[str]) -> Iterator[Any]:
     """What the lines hold as JSON; blank lines are skipped.
 
+    Raises:
+        ValueError: A line is no JSON.
+
     >>> list(read_lines(['"a text"', "", '{"text": "another"}']))
     ['a text', {'text': 'another'}]
     """
-    return (json.loads(line) for line in lines if line.strip())
+    for line in filter(str.strip, lines):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"the line {line.strip()!r:.80} is no JSON ({error}). Write a text in quotation marks or as "
+                '{"text": "..."}, or give plain texts in a file, one per line: --file texts.txt'
+            ) from error
+        yield row
 
 
 def write_lines(answers: Iterable[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import DataArguments, make_collator, prepare_split
+from ..data import SplitArguments, make_collator, prepare_split
 from ..evaluation import collect_exit_logits
 from ..exit_replay import stored_settings
 from ..exit_report import write_exit_report
@@ -31,7 +31,7 @@ class ReportArguments:
     texts: bool = field(default=True, metadata={"help": "Quote the texts whose answer changes."})
 
 
-def run(wanted: ReportArguments, data: DataArguments) -> str:
+def run(wanted: ReportArguments, data: SplitArguments) -> str:
     """Run the model over the rows at all exits, write the page, and say where it is."""
     folder = Path(wanted.output_dir)
     if wanted.texts and Path(wanted.model).resolve() in (folder.resolve(), *folder.resolve().parents):
@@ -57,7 +57,7 @@ def run(wanted: ReportArguments, data: DataArguments) -> str:
 REPORT = Command(
     "report",
     "show what early exit costs and whom, on labelled rows",
-    (ReportArguments, DataArguments),
+    (ReportArguments, SplitArguments),
     run,
     first="model",
 )
