@@ -72,6 +72,12 @@ def test_only_a_model_folder_with_a_name_like_it_is_suggested(slim):
             load_config(str(name))
 
 
+def test_an_adapter_is_told_from_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an adapter, not a model\. Merge it into its model first"):
+        load_config(str(tmp_path))
+
+
 def test_a_damaged_checkpoint_is_told_so(slim, tmp_path):
     for name, damage, words in (
         ("no-config", lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),

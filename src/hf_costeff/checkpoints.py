@@ -92,6 +92,11 @@ def _clear_errors(name: str, what: str, remedy: str) -> Iterator[None]:
     path = Path(name)
     if path.is_file():
         raise ValueError(f"{name!r} is a file. Give the folder it lies in: {str(path.parent)!r}.")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{name!r} is an adapter, not a model. Merge it into its model first, with merge_and_unload(), and give "
+            "the folder where the merged model was saved."
+        )
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
