@@ -298,7 +298,7 @@ class Compression:
             raise ValueError(
                 f"The teacher {self.arguments.teacher} has no classification head (missing: "
                 f"{', '.join(missing)}), and fine-tuning is switched off. Name a fine-tuned "
-                "checkpoint, or leave fine_tune_teacher on."
+                "checkpoint, or leave `fine_tune_teacher` on."
             )
         return None
 
