@@ -19,7 +19,12 @@ VARIANTS = ("base", "final-exit", "random", "single-exit", "two-stage", "squat")
 
 
 def main() -> None:
-    tables = {"tasks": tasks_table(), "clock": clock_table(), "ablations": ablation_table()}
+    tables = {
+        "tasks": tasks_table(),
+        "seeds": seeds_table(),
+        "clock": clock_table(),
+        "ablations": ablation_table(),
+    }
     text = PAGE.read_text()
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
@@ -57,6 +62,33 @@ def tasks_table() -> str:
             f"| 1/{teacher['parameters'] / full['parameters']:.2f} "
             f"| 1/{teacher['flops_per_row_at_128'] / full['flops_per_row_at_128']:.2f} |"
         )
+    return "\n".join(lines)
+
+
+def seeds_table() -> str:
+    """What each task keeps of its teacher, over seeds; a seed changes every stage, the teacher too."""
+    lines = [
+        "| task | seeds | teacher | slim, full depth | kept | early exit, chosen for 1/19 | kept "
+        "| early exit, 1/19 on these texts | kept |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    by_task: dict[str, list[dict[str, float]]] = {}
+    for name, run in runs():
+        teacher, full, paper = run["rows"][0], run["rows"][2], run["at_paper_flops"]
+        found = {
+            "teacher": teacher["metrics"][run["metric"]],
+            "full": full["metrics"][run["metric"]],
+            "chosen": paper["early_exit"],
+            "exact": paper["on_validation_texts"]["early_exit"],
+        }
+        kept = {f"{key} kept": 100 * value / found["teacher"] for key, value in found.items()}
+        by_task.setdefault(name.rsplit("-", 1)[0], []).append(found | kept)
+    for task, seeds in by_task.items():
+        if len(seeds) > 1:
+            cells = [task, str(len(seeds)), spread(seeds, "teacher")]
+            for key in ("full", "chosen", "exact"):
+                cells += [spread(seeds, key), spread(seeds, f"{key} kept", 1) + "%"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
