@@ -25,14 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import make_collator
 from .efficiency import Latency, measure_alternating
+from .encoder_layers import eager_attention
 from .exit_criteria import (
     MULTI_LABEL,
     REGRESSION,
     SINGLE_LABEL,
+    EntropyCriterion,
     ExitConfig,
     answers,
-    decision_log_probabilities,
-    normalized_entropy,
     same_answers,
 )
 from .metrics import compute_metrics
@@ -53,7 +53,7 @@ class Segment(nn.Module):
         """Take a part of a model.
 
         Args:
-            model: In eval mode, with eager attention.
+            model: In eval mode.
             start: Layers that have been run before, 0 for none.
             stop: 1-based layer that it ends with.
         """
@@ -70,10 +70,11 @@ class Segment(nn.Module):
         """
         hidden = states if self.start else self.model.embeddings(states, token_type_ids, None, None)
         allowed = attention_mask[:, None, None, :] != 0
-        hidden, (logits,) = self.model._run_layers(
+        hidden, (logits,) = self.model.run_layers(
             hidden,
             attention_mask,
             torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min),
+            eager_attention,
             depths=range(self.start + 1, self.stop + 1),
             exits=[self.stop],
         )
@@ -232,13 +233,12 @@ def write_graphs(
 
 
 def plain_model(model: CostEffModel) -> CostEffModel:
-    """A copy in single precision on the CPU, with eager attention and without empty matrices.
+    """A copy in single precision on the CPU, without empty matrices.
 
     Args:
         model: The model, left as it is.
     """
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
-    plain.set_attn_implementation("eager")
     for layer in plain.layers:
         if layer.attention.num_heads == 0:
             layer.attention = BiasAlone(layer.attention.output, has_weights=True)
@@ -360,7 +360,7 @@ def probe_settings(exit_logits: Tensor, runner: Runner, problem_type: str) -> li
     if problem_type == REGRESSION:
         measured = (logits[:, 1] - logits[:, 0]).abs().amax(-1)
     else:
-        measured = normalized_entropy(decision_log_probabilities(logits[:, 0], problem_type))
+        measured = EntropyCriterion(ExitConfig(threshold=0.5), 1, problem_type).measured(logits[:, 0], 0)
     low, high = widest_gap(measured)
     if high - low < TOLERANCE:
         return []

@@ -110,7 +110,7 @@ def _answers(
                 for leaving in waiting.run(batches):
                     left.append(leaving)
                     bar.update(len(leaving))
-                prediction = model.costeff.answer(left, plan)
+            prediction = model.costeff.answer(left, plan)
             yield from _named(prediction, model.config.id2label, top_k)
 
 
