@@ -50,8 +50,9 @@ from hf_costeff import (
 from hf_costeff.data import DataArguments, make_collator, prepare_data
 from hf_costeff.distillation import bf16_pays, prepared, training_arguments
 from hf_costeff.efficiency import Ratio, measure_alternating, ratio
-from hf_costeff.export import quantize_graphs
+from hf_costeff.export import quantize_graph, write_stock_graph
 from hf_costeff.markdown import markdown_table
+from hf_costeff.modeling_costeff import MODEL_INPUTS
 from hf_costeff.onnx_runner import Runner, open_session
 from hf_costeff.recipes import fast_recipe
 from hf_costeff.report import describe_hardware
@@ -108,23 +109,12 @@ def train(given: argparse.Namespace) -> None:
 
 def export_teacher(given: argparse.Namespace, folder: Path) -> None:
     """The teacher as one graph, and with its weights in 8 bits as `hf-costeff export --int8` makes them."""
-    teacher = AutoModelForSequenceClassification.from_pretrained(given.teacher, attn_implementation="eager").eval()
-    tokens = torch.ones(2, 3, dtype=torch.long)
-    names = ["input_ids", "attention_mask", "token_type_ids"]
-    exact, int8 = folder / "fp32", folder / "int8"
-    exact.mkdir(parents=True, exist_ok=True)
-    torch.onnx.export(
-        teacher,
-        (tokens, tokens, 0 * tokens),
-        str(exact / "model.onnx"),
-        input_names=names,
-        output_names=["logits"],
-        dynamic_axes={**{name: {0: "batch", 1: "seq"} for name in names}, "logits": {0: "batch"}},
-        opset_version=17,
-        dynamo=False,
-    )
-    (exact / "runner_config.json").write_text(json.dumps({"exit_config": None}))
-    quantize_graphs(exact, int8)
+    teacher = AutoModelForSequenceClassification.from_pretrained(given.teacher)
+    exact, int8 = folder / "fp32" / "model.onnx", folder / "int8" / "model.onnx"
+    for file in (exact, int8):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    write_stock_graph(teacher, MODEL_INPUTS, exact)
+    quantize_graph(exact, int8)
 
 
 def export_slim(given: argparse.Namespace, folder: Path, int8: bool) -> None:

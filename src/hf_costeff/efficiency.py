@@ -318,7 +318,7 @@ def measure_alternating(
     *,
     warmup: int = 3,
     repeats: int = 20,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Latency]:
     """Times of several candidates, called in turn (a b c a b c ...), so that a noisy machine favours none of them.
 
@@ -328,8 +328,8 @@ def measure_alternating(
         functions: Name -> candidate, called without arguments.
         warmup: Untimed rounds over all candidates, 0 or more.
         repeats: Timed rounds, at least 1.
-        clock: Gives seconds. `time.process_time` counts those that this process ran, on a machine that others use too;
-            with several threads they add up.
+        clock: Gives seconds; `None` for the wall clock. `time.process_time` counts those that this process ran, on a
+            machine that others use too; with several threads they add up.
 
     Returns:
         Name -> milliseconds per call, in the given order; empty for no candidates.
@@ -344,7 +344,7 @@ def measure_alternating(
     times_ms: dict[str, list[float]] = {name: [] for name in functions}
     for round_index in range(warmup + repeats):
         for name, function in functions.items():
-            elapsed_ms = _timed_ms(function, clock)
+            elapsed_ms = _timed_ms(function, clock or time.perf_counter)
             if round_index >= warmup:
                 times_ms[name].append(elapsed_ms)
     return {name: _summary(values) for name, values in times_ms.items()}
