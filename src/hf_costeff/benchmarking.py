@@ -252,8 +252,8 @@ class Everything:
         """How a contender's answers differ from exact logits of shape (rows, labels)."""
         logits, agreement = self.logits(contender), None
         if self.problem_type != REGRESSION:
-            pair = (answers(values, self.problem_type) for values in (logits, exact))
-            agreement = float(same_answers(*pair, self.problem_type).float().mean())
+            ours, theirs = (answers(values, self.problem_type) for values in (logits, exact))
+            agreement = float(same_answers(ours, theirs, self.problem_type).float().mean())
         if self.labels is None:
             return Kept(None, None, agreement)
         name = default_metric(self.problem_type)
