@@ -7,8 +7,9 @@
 writes benchmarks/results/peers.json and prints a table of it, without those that were not made. Contenders:
 
     teacher                in torch (fp32, bf16) and in ONNX Runtime (fp32, int8 by dynamic quantization)
-    truncated student      the first layer of the run's assistant at full width, which is the fewest FLOPs that leaving
-                           out layers can reach, trained on the assistant as the slim model was, for --steps
+    first layer            of the run's assistant, at full width and with its exit, as the assistant's training left it:
+                           the fewest FLOPs that leaving out layers can reach
+    truncated student      the same, then trained on the assistant as the slim model was, for --steps
     PABEE                  the assistant: exits trained jointly on the full-width teacher, leaving by patience, which is
                            chosen on the calibration split to lose at most half a point
     static                 model2vec: token vectors distilled from the teacher, and its own classifier trained on the
@@ -141,8 +142,12 @@ def choose_patience(given: argparse.Namespace, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def cut_assistant(given: argparse.Namespace, folder: Path) -> None:
+    assistant_of(given).truncate(1).save_pretrained(folder)
+
+
 def train_truncated(given: argparse.Namespace, folder: Path) -> None:
-    """The assistant's first layer with its exit, on the assistant's predictions and hidden states."""
+    """The first layer on the assistant's predictions and hidden states."""
     tokenizer, device = AutoTokenizer.from_pretrained(given.run), torch.device("cpu")
     bf16, assistant = bf16_pays(device), assistant_of(given)
     arguments = training_arguments(
@@ -172,12 +177,16 @@ def train_truncated(given: argparse.Namespace, folder: Path) -> None:
 
 
 def train_static(given: argparse.Namespace, folder: Path) -> None:
+    from model2vec import StaticModel
     from model2vec.distill import distill_from_model
     from model2vec.train import StaticModelForClassification
 
-    tokenizer = AutoTokenizer.from_pretrained(given.teacher)
-    encoder = AutoModelForSequenceClassification.from_pretrained(given.teacher).base_model
-    static = distill_from_model(encoder, tokenizer, device="cpu")
+    distilled = given.runs / "static.distilled"
+    if not distilled.exists():
+        encoder = AutoModelForSequenceClassification.from_pretrained(given.teacher).base_model
+        tokenizer = AutoTokenizer.from_pretrained(given.teacher)
+        distill_from_model(encoder, tokenizer, device="cpu").save_pretrained(distilled)
+    static = StaticModel.from_pretrained(distilled)
     rows = Dataset.from_parquet(str(given.data / given.task / f"{SPLITS[given.task]['train_split']}.parquet"))
     classifier = StaticModelForClassification.from_static_model(model=static)
     classifier.fit(list(rows["sentence"]), list(rows["label"]), device="cpu", max_epochs=10)
@@ -189,6 +198,7 @@ MADE: dict[str, Callable[[argparse.Namespace, Path], None]] = {
     "slim-onnx": partial(export_slim, int8=False),
     "slim-int8": partial(export_slim, int8=True),
     "pabee": choose_patience,
+    "first-layer": cut_assistant,
     "static": train_static,
     "truncated": train_truncated,
 }
@@ -266,6 +276,9 @@ CONTENDERS = {
     "teacher, torch bf16": Contender(lambda given: in_torch(given, given.teacher, BF16), "{teacher}/*.safetensors"),
     "teacher, ONNX Runtime fp32": Contender(lambda given: in_onnx(given, "fp32"), "{runs}/teacher-onnx/fp32/*.onnx"),
     TO_BEAT: Contender(lambda given: in_onnx(given, "int8"), "{runs}/teacher-onnx/int8/*.onnx"),
+    "first layer, torch fp32": Contender(
+        lambda given: in_torch(given, given.runs / "first-layer", FP32), "{runs}/first-layer/*.safetensors"
+    ),
     "truncated student, torch fp32": Contender(
         lambda given: in_torch(given, given.runs / "truncated", FP32), "{runs}/truncated/*.safetensors"
     ),
