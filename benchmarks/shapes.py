@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_costeff import CostEffForSequenceClassification, ExitConfig, convert_config
+from hf_costeff import CostEffForSequenceClassification, ExitConfig
+from hf_costeff.conversion import convert_config
 from hf_costeff.efficiency import count_parameters, mean_flops, measure_alternating, ratio, stock_flops
 from hf_costeff.report import describe_hardware
 from hf_costeff.slenderization import Budget, describe_widths, solve_widths
