@@ -334,9 +334,9 @@ def _in_int8(
     names = [name for name in MODEL_INPUTS if name in tokenizer.model_input_names]
     large, slim = folder / "teacher.onnx", folder / "slim"
     if not large.exists():
+        export_onnx(model, tokenizer, slim, int8=True)
         write_stock_graph(teacher, names, folder / "teacher_fp32.onnx")
         quantize_graph(folder / "teacher_fp32.onnx", large)
-        export_onnx(model, tokenizer, slim, int8=True)
     session, runner = open_session(large, threads), Runner(slim, threads=threads)
 
     def one_graph(batch: Mapping[str, Tensor]) -> CostEffPrediction:
