@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer
 from hf_costeff import CostEffForSequenceClassification, export_onnx
 from hf_costeff.columns import find_columns
 from hf_costeff.data import make_collator
+from hf_costeff.efficiency import measure_alternating, ratio
 from hf_costeff.onnx_runner import Runner
 from hf_costeff.report import describe_hardware
 
@@ -85,18 +87,12 @@ def main() -> None:
         same = float((logits.argmax(-1) == exact.argmax(-1)).float().mean())
         found[name] = {"agreement": same, "largest_difference": float((logits - exact).abs().max())}
     for batch_size in (1, 32):
-        seconds: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(given.rounds):
-            for name, run in candidates.items():
-                start = time.process_time()
-                run(batch_size)
-                seconds[name].append(time.process_time() - start)
-        for name, values in seconds.items():
-            ratios = sorted(a / b for a, b in zip(seconds["torch fp32"], values, strict=True))
+        runs = {name: partial(run, batch_size) for name, run in candidates.items()}
+        times = measure_alternating(runs, warmup=1, repeats=given.rounds, clock=time.process_time)
+        for name, latency in times.items():
             found[name][f"batch {batch_size}"] = {
-                "cpu_ms_per_row": 1e3 * statistics.median(values) / len(rows),
-                "times_as_fast_as_torch_fp32": statistics.median(ratios),
-                "lowest_and_highest": [ratios[0], ratios[-1]],
+                "cpu_ms_per_row": latency.median_ms / len(rows),
+                "times_as_fast_as_torch_fp32": asdict(ratio(times["torch fp32"].times_ms, latency.times_ms)),
             }
     RESULTS.write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))

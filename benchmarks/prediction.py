@@ -5,7 +5,8 @@
 Each flag fills its part of benchmarks/results/prediction.json and leaves the others as they are.
 
 - overhead: `predict` with a threshold that never fires beside the plain forward, and beside `predict` at full depth,
-  on the same batches of sorted texts. Asked: at most 5% over the forward.
+  on the same batches of sorted texts, with the share of the forward's FLOPs that the asked exits are. Asked: at most 5%
+  over the forward.
 - throughput: `predict_texts` with early exit beside the same at full depth, tokenization included, at the threshold
   whose mean exit layer comes nearest to half the depth and at the saved settings. Asked: 1.5 times at half the depth.
 - memory: resident memory while every row of the file is predicted, from the first answer on. Asked: less than 100 MB.
@@ -21,7 +22,8 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from transformers import AutoTokenizer
 
 from hf_costeff import CostEffForSequenceClassification, ExitConfig, predict_texts
 from hf_costeff.columns import find_columns
+from hf_costeff.efficiency import cumulative_flops, full_depth_flops, measure_alternating, ratio
 from hf_costeff.report import describe_hardware
 
 RESULTS = Path(__file__).parent / "results" / "prediction.json"
@@ -75,31 +78,11 @@ def main() -> None:
                 "clock": clock.__name__,
                 "hardware": describe_hardware(torch.device("cpu")),
             }
-            found = {**about, **measure()}
+            found = {**about, "data": Path(given.data).stem, **measure()}
             saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             saved[name] = found
             RESULTS.write_text(json.dumps(saved, indent=1))
             print(name, json.dumps(saved[name], indent=1), flush=True)
-
-
-def alternate(
-    candidates: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of every round by candidate, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
-        for name, run in candidates.items():
-            start = clock()
-            run()
-            if turn:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def ratio(above: list[float], below: list[float]) -> dict[str, float]:
-    """Median and quartiles of the ratio within a round."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
-    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
 
 
 def overhead(model, tokenizer, texts, rounds, clock) -> dict[str, Any]:
@@ -123,13 +106,23 @@ def overhead(model, tokenizer, texts, rounds, clock) -> dict[str, Any]:
 
         assert predict(NEVER) == {model.config.num_hidden_layers}
         candidates = {"forward": forward, "full": lambda: predict(False), "never": lambda: predict(NEVER)}
-        seconds = alternate(candidates, rounds, clock)
+        times = measure_alternating(candidates, warmup=1, repeats=rounds, clock=clock)
+        base = times["forward"].times_ms
         found[f"batch {batch_size}"] = {
-            "forward_ms_per_batch": 1e3 * statistics.median(seconds["forward"]) / len(batches),
-            "never_over_forward": ratio(seconds["never"], seconds["forward"]),
-            "full_depth_over_forward": ratio(seconds["full"], seconds["forward"]),
+            "forward_ms_per_batch": times["forward"].median_ms / len(batches),
+            "never_over_forward": asdict(ratio(times["never"].times_ms, base)),
+            "full_depth_over_forward": asdict(ratio(times["full"].times_ms, base)),
+            "share_of_the_forward_in_asked_exits": asked_share(model, batches),
         }
     return {"threshold": NEVER, "rounds": rounds, **found}
+
+
+def asked_share(model, batches) -> float:
+    """FLOPs of all exit heads but the last over those of the whole forward, padding counted."""
+    config = model.config
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    whole = sum(cumulative_flops(config, length)[-1] for length in lengths)
+    return 1 - sum(full_depth_flops(config, length) for length in lengths) / whole
 
 
 def throughput(model, tokenizer, texts, rounds, clock) -> dict[str, Any]:
@@ -147,16 +140,17 @@ def throughput(model, tokenizer, texts, rounds, clock) -> dict[str, Any]:
     if model.config.exit_config is not None:
         candidates["saved"] = ExitConfig.from_dict(model.config.exit_config)
     layers = {name: answer(early_exit) for name, early_exit in candidates.items()}
-    seconds = alternate({name: lambda e=e: answer(e) for name, e in candidates.items()}, rounds, clock)
+    runs = {name: lambda e=e: answer(e) for name, e in candidates.items()}
+    times = measure_alternating(runs, warmup=1, repeats=rounds, clock=clock)
     return {
         "rows": len(texts),
         "rounds": rounds,
-        "full_depth_rows_per_second": len(texts) / statistics.median(seconds["full"]),
+        "full_depth_rows_per_second": 1e3 * len(texts) / times["full"].median_ms,
         **{
             name: {
                 "threshold": getattr(candidates[name], "threshold", candidates[name]),
                 "mean_exit_layer": layers[name],
-                "times_the_throughput": ratio(seconds["full"], seconds[name]),
+                "times_the_throughput": asdict(ratio(times["full"].times_ms, times[name].times_ms)),
             }
             for name in candidates
             if name != "full"

@@ -11,6 +11,7 @@ import torch
 
 from helpers import sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import ExitConfig, benchmarking
+from hf_costeff.benchmark_report import format_benchmark, write_benchmark
 from hf_costeff.benchmarking import (
     EARLY,
     FULL,
@@ -20,9 +21,7 @@ from hf_costeff.benchmarking import (
     benchmark,
     choose_exits,
     expected_ms,
-    format_benchmark,
     rows_of_length,
-    write_benchmark,
 )
 from hf_costeff.cli import main
 from hf_costeff.data import make_collator
@@ -103,10 +102,45 @@ def test_answers_are_compared_with_those_in_float32(found, monkeypatch):
         return own
 
     monkeypatch.setattr(benchmarking, "on_device", broken)
-    shares = {one.name: one.agreement for one in benchmark(slim(), tiny_bert(), *others)}
-    assert shares[TEACHER] > 0.7 and shares[FULL] < 0.5
+    found = {one.name: one for one in benchmark(slim(), tiny_bert(), *others)}
+    assert found[TEACHER].agreement > 0.7 and found[FULL].agreement < 0.5
     shares = benchmark(slim(num_labels=1, exit_config=None), tiny_bert(num_labels=1), *others)
     assert {one.agreement for one in shares} == {None}
+
+
+def test_the_metric_is_that_of_all_rows(found):
+    """And not of the timed ones alone."""
+    rows = token_rows(12)
+    for one in found:
+        model = tiny_bert() if one.name == TEACHER else slim()
+        right = 0
+        for row in rows:
+            tokens = torch.tensor([row["input_ids"]])
+            if one.name == TEACHER:
+                logits = model(tokens).logits
+            else:
+                logits = model.predict(tokens, early_exit=one.name == EARLY).logits
+            right += int(logits.argmax()) == row["labels"]
+        assert one.score == pytest.approx(right / 12) and one.score_change == 0
+
+
+def test_int8_is_the_export_and_is_measured_on_the_cpu_alone():
+    grid = BenchmarkGrid(["cpu", "cuda"], [4], [0], [1], ["int8"], rows=8, rounds=2)
+    assert [setting[0] for setting in grid.settings()] == ["cpu"]
+    found = benchmark(slim(), tiny_bert(), token_rows(8), make_collator(word_tokenizer()), grid)
+    assert [(one.name, one.precision) for one in found] == [(name, "int8") for name in (TEACHER, FULL, EARLY)]
+    assert all(one.agreement >= 0.7 and one.score is not None for one in found)
+    assert found[1].mean_exit_layer == 4 > found[2].mean_exit_layer
+    with pytest.raises(ValueError, match="int8 needs a collator with a tokenizer"):
+        benchmark(slim(), tiny_bert(), token_rows(8), lambda rows: make_collator(word_tokenizer())(rows), grid)
+    with pytest.raises(ValueError, match="`precisions` begins with int8"):
+        choose_exits(slim(), token_rows(4), make_collator(word_tokenizer()), grid)
+
+
+def test_the_longest_text_counts_positions_before_the_first_word():
+    others = (tiny_bert(), token_rows(4), make_collator(word_tokenizer()), BenchmarkGrid(lengths=[23]))
+    with pytest.raises(ValueError, match="`lengths` has 23 tokens, and the models take 22"):
+        benchmark(slim(position_offset=2, pad_token_id=1), *others)
 
 
 @pytest.mark.parametrize("length", [2, 5, 11])
@@ -136,7 +170,9 @@ def test_a_gpu_is_measured_with_its_own_memory():
 
 def measurement(**changes: Any) -> Measurement:
     one = Measurement(
-        *(FULL, "cpu", "float32", 1, 0, 8), *(2.0, 2.5, 3.0, 4000.0, 3.0, (2.8, 3.2)), *(4.0, 0.25, 6.0, 0.99, 100.0)
+        *(FULL, "cpu", "float32", 1, 0, 8),
+        *(2.0, 2.5, 3.0, 4000.0, 3.0, (2.8, 3.2)),
+        *(4.0, 0.25, (0.0, 0.5, 0.5), 0.875, -0.0125, 0.99, 100.0),
     )
     return dataclasses.replace(one, **changes)
 
@@ -160,10 +196,22 @@ def test_figures_and_charts_are_written(found, tmp_path):
     saved = json.loads((tmp_path / "new" / "benchmark.json").read_text())
     assert [one["name"] for one in saved["measurements"]] == [one.name for one in found]
     assert saved["hardware"]["torch"] == torch.__version__
-    assert len(table.splitlines()) == len(found) + 2
-    assert len({line.count("|") for line in table.splitlines()}) == 1
-    for name in ("latency_by_batch", "speedup_by_batch"):
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == len(found) + 2 and len({line.count("|") for line in lines}) == 1
+    for name in ("latency_by_batch", "speedup_by_batch", "metric_by_speed", "exits"):
         assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_metric_and_what_the_precision_changed_stand_beside_the_speed():
+    line = format_benchmark([measurement()]).splitlines()[-1]
+    assert "| 3.00x | 2.80..3.20 | 4.00x | 25% | 2.50 | 0.8750 (-1.25) | 99.0% |" in line
+    unknown = format_benchmark([measurement(score=None, score_change=None, agreement=None)]).splitlines()[-1]
+    assert "| 2.50 |  |  |  |" in unknown
+
+
+def test_charts_need_labels_and_exits_to_show(tmp_path):
+    write_benchmark([measurement(score=None, score_change=None)], tmp_path)
+    assert not (tmp_path / "metric_by_speed.png").exists() and not (tmp_path / "exits.png").exists()
 
 
 # --- which exits pay

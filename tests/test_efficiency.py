@@ -24,6 +24,7 @@ from hf_costeff.efficiency import (
     measure_alternating,
     measure_latency,
     parameter_count,
+    ratio,
     stock_flops,
 )
 from hf_costeff.exit_criteria import ExitConfig
@@ -230,3 +231,17 @@ def test_candidates_are_called_in_turn() -> None:
 def test_a_slower_candidate_measures_slower() -> None:
     result = measure_alternating({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, warmup=0, repeats=3)
     assert result["slow"].median_ms >= 20 > result["fast"].median_ms
+
+
+def test_another_clock_counts_what_it_counts():
+    """Sleeping takes no processor time."""
+    functions = {"asleep": lambda: time.sleep(0.05), "awake": lambda: sum(range(200_000))}
+    found = measure_alternating(functions, warmup=0, repeats=3, clock=time.process_time)
+    assert found["asleep"].median_ms < found["awake"].median_ms
+    assert len(found["awake"].times_ms) == 3 and found["awake"].median_ms in found["awake"].times_ms
+
+
+def test_a_ratio_is_taken_round_by_round():
+    slowed = ratio([1.0, 10.0, 3.0, 4.0, 5.0], [1.0, 10.0, 1.5, 1.0, 1.0])
+    assert (slowed.median, slowed.lower_quartile, slowed.upper_quartile) == (2.0, 1.0, 4.0)
+    assert str(ratio([3.0], [2.0])) == "1.50 (1.50 to 1.50)"

@@ -13,6 +13,7 @@ from hf_costeff.exit_criteria import (
     SINGLE_LABEL,
     ExitConfig,
     decision_log_probabilities,
+    decision_probabilities,
     entropy,
     margin,
     normalized_confidence,
@@ -25,7 +26,7 @@ from hf_costeff.exit_criteria import (
 def measured(name: str, logits: torch.Tensor, problem_type: str = SINGLE_LABEL) -> torch.Tensor:
     """What a threshold criterion compares, for logits of shape (rows, labels)."""
     criterion = CRITERIA[name](ExitConfig(criterion=name, threshold=0.5), 1, problem_type)
-    return criterion.measure(decision_log_probabilities(logits, problem_type))
+    return criterion.measured(logits, 0)
 
 
 def plain_entropy(chances: list[float]) -> float:
@@ -49,7 +50,7 @@ def leaves(settings: ExitConfig, logits: list, problem_type: str = SINGLE_LABEL)
 @pytest.mark.parametrize("labels", [2, 3, 150])
 def test_equal_logits_have_the_entropy_ln_of_the_number_of_classes(labels):
     logits = torch.full((1, labels), 7.5)
-    assert entropy(decision_log_probabilities(logits, SINGLE_LABEL)).item() == pytest.approx(math.log(labels), rel=1e-6)
+    assert entropy(decision_probabilities(logits, SINGLE_LABEL)).item() == pytest.approx(math.log(labels), rel=1e-6)
     assert measured("entropy_nats", logits).item() == pytest.approx(math.log(labels), rel=1e-6)
     assert measured("entropy", logits).item() == pytest.approx(1.0, rel=1e-6)
     assert measured("confidence", logits).item() == pytest.approx(0.0, abs=1e-6)
@@ -97,10 +98,18 @@ def test_a_multi_label_model_with_one_label_still_has_two_classes_to_decide_betw
 
 
 def test_the_measures_keep_leading_dimensions():
-    log_probabilities = decision_log_probabilities(torch.randn(5, 4, 3), SINGLE_LABEL)
-    assert log_probabilities.shape == (5, 4, 1, 3)
+    logits = torch.randn(5, 4, 3)
+    assert decision_log_probabilities(logits, SINGLE_LABEL).shape == (5, 4, 1, 3)
     for measure in (entropy, normalized_confidence, margin):
-        assert measure(log_probabilities).shape == (5, 4)
+        assert measure(decision_probabilities(logits, SINGLE_LABEL)).shape == (5, 4)
+        assert measure(decision_probabilities(logits, MULTI_LABEL)).shape == (5, 4, 3)
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
+def test_probabilities_are_the_exponentials_of_the_log_probabilities(problem_type):
+    logits = 5 * torch.randn(4, 3)
+    expected = decision_log_probabilities(logits, problem_type).exp().reshape(4, -1)
+    assert torch.allclose(decision_probabilities(logits, problem_type).reshape(4, -1), expected, atol=1e-6)
 
 
 def test_regression_has_values_and_no_probabilities():

@@ -24,19 +24,20 @@ def rows_of(mask, depth=1, first_number=0, seen=None) -> RunningRows:
 
 def test_the_batch_is_as_long_as_its_longest_row():
     rows = rows_of([[1, 1, 1, 0], [1, 0, 0, 0]])
-    assert (rows.longest, rows.padded) == (3, True)
+    assert rows.longest == 3
 
 
 def test_when_the_long_row_leaves_the_rest_is_shorter_and_unpadded():
     left, rest = rows_of([[1, 1, 1], [1, 0, 0]]).leave(plan_of(), torch.tensor([SURE, UNSURE]))
     assert (left.numbers, left.exit_layer, left.logits.tolist()) == ([0], 1, [SURE])
-    assert (rest.numbers, rest.longest, rest.padded) == ([1], 1, False)
-    assert rest.hidden_states.tolist() == [[[1.0, 0.0]]] and rest.padding_mask.tolist() == [[1]]
+    assert (rest.numbers, rest.longest, rest.padding_mask) == ([1], 1, None)
+    assert rest.hidden_states.tolist() == [[[1.0, 0.0]]]
 
 
 def test_padding_on_the_left_counts_as_padding():
-    rows = rows_of([[0, 1, 1], [1, 1, 1]])
-    assert (rows.longest, rows.padded) == (3, True)
+    rows = rows_of([[0, 1, 1], [1, 1, 1], [1, 1, 0]])
+    assert rows.longest == 3
+    assert rows.select([0, 1]).padding_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
 def test_without_a_mask_nothing_is_padded():
@@ -105,7 +106,16 @@ def test_merged_rows_are_those_of_the_groups_padded_on_the_right():
     assert merged.padding_mask.int().tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0]]
     assert (merged.hidden_states[2] == groups[1].hidden_states[0]).all()
     assert (merged.hidden_states[1, :2] == groups[0].hidden_states[1]).all()
-    assert merged.depth == 1 and merged.seen is None and merged.padded
+    assert merged.depth == 1 and merged.seen is None
+    assert RunningRows.merge([groups[2], groups[2]]).padding_mask is None
+
+
+def test_a_range_of_neighbours_is_a_view_of_the_same_rows():
+    rows = rows_of([[1, 1, 1], [1, 1, 0], [1, 0, 0]], first_number=3, seen=torch.arange(3.0).view(3, 1, 1))
+    part = rows.select(range(1, 3))
+    assert (part.numbers, part.ends, part.seen.flatten().tolist()) == ([4, 5], [2, 1], [1.0, 2.0])
+    assert part.hidden_states.data_ptr() == rows.hidden_states[1:].data_ptr()
+    assert torch.equal(part.hidden_states, rows.hidden_states[1:, :2])
 
 
 def test_merging_what_was_selected_gives_the_rows_back():
@@ -153,7 +163,7 @@ def test_a_checked_exit_that_does_not_exist_is_refused():
 def test_thresholds_and_temperatures_are_those_of_the_exit_at_the_layer():
     settings = ExitConfig(threshold=[1.0, 0.0], temperatures=[4.0, 2.0])
     plan = ExitPlan.make(settings, [2, 6], "single_label_classification")
-    assert plan.leaves(torch.tensor([[UNSURE]]), 2).tolist() == [True]
+    assert plan.passes(plan.evidence(torch.tensor([[UNSURE]]), 2).tolist(), 2) == [True]
     assert plan.scaled(torch.tensor([[8.0, 4.0]]), 6).tolist() == [[4.0, 2.0]]
 
 

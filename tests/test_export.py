@@ -271,6 +271,14 @@ def test_graphs_whose_rows_leave_elsewhere_are_not_kept(model, tmp_path, monkeyp
     assert not (tmp_path / "onnx").exists()
 
 
+def test_a_models_own_folder_is_no_place_for_an_export(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds a model"):
+        export_onnx(model, word_tokenizer(), tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_a_model_or_tokenizer_that_cannot_travel_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"BertForSequenceClassification has no exits to export\. Compress it first"):
         export_onnx(tiny_bert(), word_tokenizer(), tmp_path / "onnx")

@@ -427,11 +427,10 @@ def test_a_plain_trainer_accumulates_to_the_gradient_of_the_whole_batch(tmp_path
 
 def boundaries(name: str, exit_logits: torch.Tensor, problem_type: str) -> list[float]:
     """Per exit, the middle of the widest gap among the central measures, so that about half of the rows leave."""
-    measure = CRITERIA[name](ExitConfig(criterion=name, threshold=0.5), exit_logits.shape[1], problem_type).measure
-    log_probabilities = hf_costeff.exit_criteria.decision_log_probabilities(exit_logits, problem_type)
+    criterion = CRITERIA[name](ExitConfig(criterion=name, threshold=0.5), exit_logits.shape[1], problem_type)
     found = []
     for index in range(exit_logits.shape[1]):
-        central = measure(log_probabilities[:, index]).sort().values[3:-3]
+        central = criterion.measured(exit_logits[:, index], index).sort().values[3:-3]
         widest = int(central.diff().argmax())
         found.append(float(central[widest : widest + 2].mean()))
     return found
@@ -718,11 +717,11 @@ def test_an_exit_that_is_not_checked_costs_nothing():
     model = tiny_model(model_class=CostEffModel)
     decided = []
     plan = model.exit_plan(ExitConfig(threshold=0.5, checked_exits=[3]))
-    plan.criterion.leaves = lambda history, exit_index: decided.append(exit_index) or history[:, 0, 0] > 1e9
+    plan.criterion.evidence = lambda history, exit_index: decided.append(exit_index) or torch.ones(len(history))
     batch = random_batch(LENGTHS)
     with inference(model):
         left, rows = model.advance(model.enter(**batch), plan)
-        assert (left, rows.depth, len(rows), rows.seen.shape[1]) == (None, 3, len(LENGTHS), 1)
+        assert (left, rows.depth, len(rows), rows.seen) == (None, 3, len(LENGTHS), None)
         left, rows = model.advance(rows, plan)
     assert rows is None and left.exit_layer == 4 and decided == [2]
 

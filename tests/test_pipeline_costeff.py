@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from helpers import tiny_model, word_tokenizer
 from hf_costeff import CostEffClassificationPipeline, ExitConfig
-from hf_costeff.exit_criteria import decision_log_probabilities, normalized_entropy
+from hf_costeff.exit_criteria import decision_probabilities, normalized_entropy
 
 TEXTS = [
     "a good film",
@@ -24,7 +24,7 @@ def settings_that_split(model) -> ExitConfig:
     """Half of the texts leave at the first exit."""
     with torch.no_grad():
         logits = model(**word_tokenizer()(TEXTS, padding=True, return_tensors="pt")).exit_logits[0]
-    measured = normalized_entropy(decision_log_probabilities(logits / 2, "single_label_classification"))
+    measured = normalized_entropy(decision_probabilities(logits / 2, "single_label_classification"))
     return ExitConfig(threshold=float(measured.sort().values[2:4].mean()), temperatures=2.0)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import platform
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -322,3 +325,28 @@ def test_a_progress_bar_counts_the_rows(model, tokenizer, capsys):
     assert "60/60" in capsys.readouterr().err
     answers(model, tokenizer)
     assert capsys.readouterr().err == ""
+
+
+FAULTS = """
+import resource, torch
+from hf_costeff.prediction import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (1, 3, 2, 4) * 20:
+        held = torch.empty(size << 20, dtype=torch.uint8).fill_(1), torch.empty(2 << 20, dtype=torch.uint8).fill_(1)
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.set_num_threads(1)
+first = faults()
+keep_freed_memory()
+faults()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a property of glibc")
+def test_freed_memory_is_kept_and_not_fetched_from_the_system_again():
+    """In a fresh process, since the library remembers."""
+    out = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, out.split())
+    assert after < 100 < before

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,21 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .charts import new_figure
-from .efficiency import layer_flops, mean_flops, measure_alternating, stock_flops
+from .conversion import convert_config
+from .efficiency import layer_flops, mean_flops, measure_alternating, ratio, stock_flops
 from .evaluation import Collator, Contender, collect_exit_logits
-from .exit_criteria import REGRESSION, SINGLE_LABEL, ExitConfig, answers, same_answers
+from .exit_criteria import REGRESSION, ExitConfig, answers, same_answers
 from .exit_replay import ExitLogits, ExitReplay, stored_settings
-from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification
-from .report import describe_hardware
+from .export import export_onnx, quantize_graph, write_stock_graph
+from .metrics import compute_metrics, default_metric
+from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, CostEffPrediction
+from .onnx_runner import Runner, open_session
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8 = "int8"
+"""Not torch but the ONNX export, which is the fastest int8 path on the CPUs it was tried on."""
+PRECISIONS = (*DTYPES, INT8)
+CPU_ALONE, NOT_CPU = (INT8,), ("float16",)
 REAL = 0
 """In place of a length: every row at its own."""
 PEAK_SIZE = 512
@@ -41,6 +47,8 @@ NEVER = 1e-9
 """A threshold that no row of a trained model passes; every exit is asked."""
 GAIN = 1.02
 """A median ratio below this, or one whose lower quartile is not above 1, counts as no gain."""
+NOTHING = ExitLogits(torch.zeros(1, 1, 1), torch.ones(1, dtype=torch.long), None)
+"""In place of a contender's logits, where only its time matters."""
 TEACHER, FULL, EARLY = "teacher", "slim, full depth", "slim, early exit"
 
 
@@ -53,7 +61,7 @@ class BenchmarkGrid:
         batch_sizes: Rows that run together.
         lengths: Tokens per row; 0 is the rows' own lengths.
         threads: CPU threads; one setting per number on the CPU, and the first alone elsewhere.
-        precisions: Keys of `PRECISIONS`; float16 is left out on the CPU.
+        precisions: Some of `PRECISIONS`; float16 is left out on the CPU, and int8 elsewhere.
         rows: Rows that are answered per round, at most; fewer at batch 1.
         rounds: Timed rounds, at least 2.
 
@@ -85,7 +93,7 @@ class BenchmarkGrid:
         """Device, precision, threads, length and batch size of every setting."""
         for device, precision in product(self.devices, self.precisions):
             is_cpu = device == "cpu"
-            if is_cpu and precision == "float16":
+            if precision in (NOT_CPU if is_cpu else CPU_ALONE):
                 continue
             for count in self.threads if is_cpu else self.threads[:1]:
                 for length, batch_size in product(self.lengths, self.batch_sizes):
@@ -111,8 +119,10 @@ class Measurement:
         speedup_quartiles: Lower and upper, over rounds.
         flops_ratio: FLOPs of the teacher over this one's, padding counted.
         peak_share: FLOPs per second over those of this machine's matrix product in the same setting.
-        mean_exit_layer: 1-based.
-        agreement: Share of the rows answered as in float32 on the CPU; `None` for regression.
+        exit_shares: Share of the timed rows that left after each layer, shallow first.
+        score: The problem type's default metric on all rows, in this precision; `None` without labels.
+        score_change: The same less that in float32 on the CPU.
+        agreement: Share of all rows with the same answer as in float32 on the CPU; `None` for regression.
         peak_memory_mb: On a GPU, of the device while this one ran; on the CPU, of the whole process so far, or `None`
             where the system does not say.
     """
@@ -131,9 +141,16 @@ class Measurement:
     speedup_quartiles: tuple[float, float]
     flops_ratio: float
     peak_share: float
-    mean_exit_layer: float
+    exit_shares: tuple[float, ...]
+    score: float | None
+    score_change: float | None
     agreement: float | None
     peak_memory_mb: float | None
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """1-based."""
+        return sum(layer * share for layer, share in enumerate(self.exit_shares, start=1))
 
     @property
     def gains(self) -> bool:
@@ -164,26 +181,86 @@ def benchmark(
         ValueError: A device that cannot be used, or a length beyond what a model can take.
     """
     grid = grid or BenchmarkGrid()
-    longest = min(found.config.max_position_embeddings for found in (model, teacher))
+    longest = min(model.config.longest_text, convert_config(teacher.config).longest_text)
     if max(grid.lengths) > longest:
         raise ValueError(f"`lengths` has {max(grid.lengths)} tokens, and the models take {longest}.")
     found: list[Measurement] = []
-    exact = _placed(model, teacher, "cpu", "float32")
     placed: tuple[Any, ...] = ()
     contenders: list[Contender] = []
+    kept: list[Kept] = []
     peak = 0.0
-    for setting in grid.settings():
-        device, precision, threads, length, batch_size = setting
-        with threads_set(threads):
-            if placed != (device, precision, threads):
-                contenders, peak = _placed(model, teacher, device, precision), matmul_peak(device, precision)
-                placed = (device, precision, threads)
-            rows = rows_of_length(dataset, length, grid.rows if batch_size > 1 else max(1, grid.rows // 4))
-            batches = [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-            same = [_agreement(*pair, batches) for pair in zip(contenders, exact, strict=True)]
-            measured = _measure(contenders, batches, grid.rounds, peak, setting)
-            found += [dataclasses.replace(one, agreement=share) for one, share in zip(measured, same, strict=True)]
+    with TemporaryDirectory() as folder:
+        everything = Everything.of(dataset, collator, model.config.resolved_problem_type)
+        exact = [everything.logits(one) for one in _placed(model, teacher, "cpu", "float32", 1, collator, folder)]
+        for setting in grid.settings():
+            device, precision, threads, length, batch_size = setting
+            with threads_set(threads):
+                if placed != (device, precision, threads):
+                    placed = (device, precision, threads)
+                    contenders = _placed(model, teacher, *placed, collator, folder)
+                    kept = [everything.kept(*pair) for pair in zip(contenders, exact, strict=True)]
+                    peak = matmul_peak(device, precision)
+                rows = rows_of_length(dataset, length, grid.rows if batch_size > 1 else max(1, grid.rows // 4))
+                batches = batches_of(rows, collator, batch_size)
+                measured = _measure(contenders, batches, grid.rounds, peak, setting)
+            for one, own in zip(measured, kept, strict=True):
+                found.append(dataclasses.replace(one, **dataclasses.asdict(own)))
     return found
+
+
+def batches_of(rows: Sequence[dict[str, Any]], collator: Collator, size: int) -> list[Mapping[str, Tensor]]:
+    """Rows as batches of up to `size`, in order, each of shape (batch, seq)."""
+    return [collator(list(rows[start : start + size])) for start in range(0, len(rows), size)]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a precision keeps of the answers; the fields are those of [`Measurement`]."""
+
+    score: float | None
+    score_change: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Everything:
+    """All rows, sorted by length into batches.
+
+    Args:
+        batches: Shape (batch, seq) each.
+        labels: In the same order; `None` if they are not known.
+        problem_type: As upstream's `config.problem_type`.
+    """
+
+    batches: list[Mapping[str, Tensor]]
+    labels: np.ndarray | None
+    problem_type: str
+
+    @classmethod
+    def of(cls, dataset: Dataset, collator: Collator, problem_type: str) -> Everything:
+        """The rows of a tokenized data set."""
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        ordered = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
+        labels = np.array(ordered["labels"]) if "labels" in dataset.column_names else None
+        return cls(batches_of(rows_of_length(ordered, REAL, len(ordered)), collator, 32), labels, problem_type)
+
+    def logits(self, contender: Contender) -> Tensor:
+        """What a contender answers to all rows, shape (rows, labels)."""
+        return torch.cat([contender.answer(batch).logits.float().cpu() for batch in self.batches])
+
+    def kept(self, contender: Contender, exact: Tensor) -> Kept:
+        """How a contender's answers differ from exact logits of shape (rows, labels)."""
+        logits, agreement = self.logits(contender), None
+        if self.problem_type != REGRESSION:
+            ours, theirs = (answers(values, self.problem_type) for values in (logits, exact))
+            agreement = float(same_answers(ours, theirs, self.problem_type).float().mean())
+        if self.labels is None:
+            return Kept(None, None, agreement)
+        name = default_metric(self.problem_type)
+        score, before = (
+            compute_metrics(values.numpy(), self.labels, self.problem_type)[name] for values in (logits, exact)
+        )
+        return Kept(score, score - before, agreement)
 
 
 @contextmanager
@@ -203,15 +280,85 @@ def threads_set(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@dataclass(frozen=True)
+class OnnxContender(Contender):
+    """A contender that answers through graphs in 8 bits.
+
+    Args:
+        answer_batch: From a batch of padded rows to logits, and exit layers where there are exits.
+    """
+
+    answer_batch: Callable[[Mapping[str, Tensor]], CostEffPrediction] | None = None
+
+    def answer(self, batch: Mapping[str, Tensor]) -> CostEffPrediction:
+        """Run the graphs on a batch."""
+        assert self.answer_batch is not None
+        return self.answer_batch(batch)
+
+
 def _placed(
-    model: CostEffForSequenceClassification, teacher: PreTrainedModel, device: str, precision: str
+    model: CostEffForSequenceClassification,
+    teacher: PreTrainedModel,
+    device: str,
+    precision: str,
+    threads: int,
+    collator: Collator,
+    folder: str,
 ) -> list[Contender]:
-    slim, large = (on_device(own, device, precision) for own in (model, teacher))
-    nothing = ExitLogits(torch.zeros(1, 1, 1), torch.ones(1, dtype=torch.long), None)
-    contenders = [Contender(TEACHER, large, nothing), Contender(FULL, slim, nothing)]
+    settings: dict[str, ExitConfig | None] = {FULL: None}
     if model.config.exit_config is not None:
-        contenders.append(Contender(EARLY, slim, nothing, stored_settings(model.config)))
-    return contenders
+        settings[EARLY] = stored_settings(model.config)
+    if precision == INT8:
+        return _in_int8(model, teacher, settings, threads, collator, Path(folder))
+    slim, large = (on_device(own, device, precision) for own in (model, teacher))
+    return [
+        Contender(TEACHER, large, NOTHING),
+        *(Contender(name, slim, NOTHING, own) for name, own in settings.items()),
+    ]
+
+
+def _in_int8(
+    model: CostEffForSequenceClassification,
+    teacher: PreTrainedModel,
+    settings: Mapping[str, ExitConfig | None],
+    threads: int,
+    collator: Collator,
+    folder: Path,
+) -> list[Contender]:
+    """Graphs are written once, sessions made for every thread count."""
+    tokenizer = getattr(collator, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            "int8 needs a collator with a tokenizer. Make it with hf_costeff.data.make_collator(tokenizer)."
+        )
+    names = [name for name in MODEL_INPUTS if name in tokenizer.model_input_names]
+    large, slim = folder / "teacher.onnx", folder / "slim"
+    if not large.exists():
+        export_onnx(model, tokenizer, slim, int8=True)
+        write_stock_graph(teacher, names, folder / "teacher_fp32.onnx")
+        quantize_graph(folder / "teacher_fp32.onnx", large)
+    session, runner = open_session(large, threads), Runner(slim, threads=threads)
+
+    def one_graph(batch: Mapping[str, Tensor]) -> CostEffPrediction:
+        types = torch.zeros_like(batch["input_ids"])  # where the rows came without
+        (logits,) = session.run(None, {name: batch.get(name, types).numpy() for name in names})
+        return CostEffPrediction(logits=torch.from_numpy(logits))
+
+    def segments(batch: Mapping[str, Tensor], early_exit: Any) -> CostEffPrediction:
+        given = {name: batch[name].tolist() for name in names if name in batch and name != "attention_mask"}
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        rows = [{name: values[row][:length] for name, values in given.items()} for row, length in enumerate(lengths)]
+        found = runner.predict_tokens(rows, early_exit, batch_size=len(rows))
+        return CostEffPrediction(
+            logits=torch.tensor([answer["logits"] for answer in found]),
+            exit_layer=torch.tensor([answer["exit_layer"] for answer in found]),
+        )
+
+    slims = [
+        OnnxContender(name, model, NOTHING, own, partial(segments, early_exit=False if own is None else own.to_dict()))
+        for name, own in settings.items()
+    ]
+    return [OnnxContender(TEACHER, teacher, NOTHING, None, one_graph), *slims]
 
 
 def rows_of_length(dataset: Dataset, length: int, count: int) -> list[dict[str, Any]]:
@@ -254,41 +401,32 @@ def _measure(
             for name, latency in measure_alternating(runs, warmup=0, repeats=1).items():
                 times[name][-1].append(latency.median_ms)
     texts = sum(len(batch["input_ids"]) for batch in batches)
-    reference, reference_flops = times[TEACHER], 0.0
+    per_round = {name: [sum(values) for values in rounds_] for name, rounds_ in times.items()}
+    reference_flops = 0.0
     found = []
     for contender in contenders:
-        layer, flops = _spent(contender, batches)
+        shares, flops = _spent(contender, batches)
         reference_flops = reference_flops or flops
-        per_round = [sum(values) for values in times[contender.name]]
-        ratios = [sum(base) / own for base, own in zip(reference, per_round, strict=True)]
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+        own = per_round[contender.name]
+        faster = ratio(per_round[TEACHER], own)
         each = [value for values in times[contender.name] for value in values]
         p95, p99 = np.quantile(each, [0.95, 0.99], method="inverted_cdf").tolist()
-        seconds = statistics.median(per_round) / 1e3
+        seconds = statistics.median(own) / 1e3
         found.append(
             Measurement(
                 *(contender.name, device, precision, threads, length, batch_size),
-                *(statistics.median(each), p95, p99, texts / seconds, middle, (low, high)),
+                *(statistics.median(each), p95, p99, texts / seconds),
+                *(faster.median, (faster.lower_quartile, faster.upper_quartile)),
                 flops_ratio=reference_flops / flops,
                 peak_share=flops * texts / seconds / peak,
-                mean_exit_layer=layer,
+                exit_shares=shares,
+                score=None,
+                score_change=None,
                 agreement=None,
                 peak_memory_mb=memory[contender.name],
             )
         )
     return found
-
-
-def _agreement(contender: Contender, exact: Contender, batches: Sequence[Mapping[str, Tensor]]) -> float | None:
-    config = exact.model.config
-    problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
-    if problem_type == REGRESSION:
-        return None
-    ours, theirs = (
-        torch.cat([answers(one.answer(batch).logits.float().cpu(), problem_type) for batch in batches])
-        for one in (contender, exact)
-    )
-    return float(same_answers(ours, theirs, problem_type).float().mean())
 
 
 def _peak_memory_mb(contender: Contender, batches: Sequence[Mapping[str, Tensor]], device: str) -> float | None:
@@ -306,16 +444,17 @@ def _peak_memory_mb(contender: Contender, batches: Sequence[Mapping[str, Tensor]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def _spent(contender: Contender, batches: Sequence[Mapping[str, Tensor]]) -> tuple[float, float]:
-    """Mean exit layer, and FLOPs per text, with padding counted as run."""
+def _spent(contender: Contender, batches: Sequence[Mapping[str, Tensor]]) -> tuple[tuple[float, ...], float]:
+    """Share of the rows that left after each layer, and FLOPs per text, with padding counted as run."""
     lengths = [batch["input_ids"].shape[1] for batch in batches for _ in batch["input_ids"]]
-    config = contender.model.config
+    config, depth = contender.model.config, contender.model.config.num_hidden_layers
     if not isinstance(contender.model, CostEffForSequenceClassification):
         flops = {length: stock_flops(config, length) for length in set(lengths)}
-        return float(config.num_hidden_layers), statistics.mean(flops[length] for length in lengths)
+        return (0.0,) * (depth - 1) + (1.0,), statistics.mean(flops[length] for length in lengths)
     layers = torch.cat([contender.answer(batch).exit_layer.cpu() for batch in batches])
     checked = [] if contender.settings is None else contender.settings.checked_exits
-    return float(layers.float().mean()), mean_flops(config, layers, lengths, checked)
+    shares = (torch.bincount(layers, minlength=depth + 1)[1:] / len(layers)).tolist()
+    return tuple(shares), mean_flops(config, layers, lengths, checked)
 
 
 def matmul_peak(device: str, precision: str) -> float:
@@ -323,9 +462,9 @@ def matmul_peak(device: str, precision: str) -> float:
 
     Args:
         device: As torch names it.
-        precision: A key of `PRECISIONS`.
+        precision: One of `PRECISIONS`; for int8, which torch cannot multiply in on every CPU, that of float32.
     """
-    one = torch.ones(PEAK_SIZE, PEAK_SIZE, device=device, dtype=PRECISIONS[precision])
+    one = torch.ones(PEAK_SIZE, PEAK_SIZE, device=device, dtype=DTYPES.get(precision, torch.float32))
     runs = [measure_alternating({"product": lambda: one @ one}, warmup=1, repeats=1)["product"] for _ in range(5)]
     return 2 * PEAK_SIZE**3 / (min(run.median_ms for run in runs) / 1e3)
 
@@ -350,13 +489,17 @@ def choose_exits(
         The settings, as stored.
 
     Raises:
-        ValueError: Without saved settings, or for a device that cannot be used.
+        ValueError: Without saved settings, for a device that cannot be used, or for int8.
     """
     grid = grid or BenchmarkGrid()
+    if grid.precisions[0] == INT8:
+        raise ValueError(
+            f"Exits are chosen by times in torch, and `precisions` begins with {INT8}. Name another first."
+        )
     settings = stored_settings(model.config)
     size = grid.batch_sizes[0]
     rows = rows_of_length(dataset, REAL, max(grid.rows // 4, size))
-    batches = [collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+    batches = batches_of(rows, collator, size)
     with threads_set(grid.threads[0]):
         placed = on_device(model, grid.devices[0], grid.precisions[0])
         layer_ms, question_ms = _times_of_parts(placed, batches, grid.rounds)
@@ -384,13 +527,13 @@ def on_device(model: Any, device: str, precision: str) -> Any:
     Args:
         model: Left as it is.
         device: As torch names it.
-        precision: A key of `PRECISIONS`.
+        precision: A key of `DTYPES`.
 
     Raises:
         ValueError: For a device that cannot be used.
     """
     try:
-        return copy.deepcopy(model).to(device, PRECISIONS[precision]).eval()
+        return copy.deepcopy(model).to(device, DTYPES[precision]).eval()
     except (RuntimeError, AssertionError) as error:  # torch has no one error for a device that is not there
         raise ValueError(f"Device {device!r} cannot be used here: {error}") from error
 
@@ -399,13 +542,12 @@ def _times_of_parts(
     model: CostEffForSequenceClassification, batches: Sequence[Mapping[str, Tensor]], rounds: int
 ) -> tuple[list[float], float]:
     """Milliseconds of a batch in each layer, and of asking one exit."""
-    nothing = ExitLogits(torch.zeros(1, 1, 1), torch.ones(1, dtype=torch.long), None)
     never = ExitConfig(criterion="entropy_nats", threshold=NEVER)
     if model.config.resolved_problem_type == "regression":
         never = ExitConfig(criterion="patience", patience=1, tolerance=0.0)
     runs: dict[str, Callable[[], Any]] = {
-        "full": partial(Contender("full", model, nothing).answer_all, batches),
-        "asked": partial(Contender("asked", model, nothing, never).answer_all, batches),
+        "full": partial(Contender("full", model, NOTHING).answer_all, batches),
+        "asked": partial(Contender("asked", model, NOTHING, never).answer_all, batches),
     }
     times = measure_alternating(runs, warmup=1, repeats=rounds)
     config = model.config
@@ -438,100 +580,3 @@ def expected_ms(
     total = ran @ torch.tensor(layer_ms, dtype=torch.double)
     asked = sum((exit_layers >= layer).double() for layer in checked_exits)
     return float((total + question_ms * asked).mean())
-
-
-def write_benchmark(found: Sequence[Measurement], folder: str | Path) -> str:
-    """Write `benchmark.json` and, with matplotlib, charts; returns the table of [`format_benchmark`].
-
-    Args:
-        found: From [`benchmark`].
-        folder: Made if it is not there.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    hardware = describe_hardware(torch.device(found[-1].device))
-    report = {"hardware": hardware, "measurements": [dataclasses.asdict(one) for one in found]}
-    (folder / "benchmark.json").write_text(json.dumps(report, indent=1))
-    draw_speedup_chart(folder / "speedup_by_batch.png", found)
-    draw_latency_chart(folder / "latency_by_batch.png", found)
-    return format_benchmark(found)
-
-
-def draw_latency_chart(path: Path, found: Sequence[Measurement]) -> bool:
-    """Time of a text against batch size, in the first device, precision, thread count and length.
-
-    Args:
-        path: PNG to write.
-        found: From [`benchmark`].
-
-    Returns:
-        Whether the chart was drawn; without matplotlib it is left out with one message.
-    """
-    return _draw_by_batch(path, found, "ms per text", lambda one: 1e3 / one.texts_per_second)
-
-
-def draw_speedup_chart(path: Path, found: Sequence[Measurement]) -> bool:
-    """Speed-up against batch size in the same setting, with the FLOPs ratio dashed; otherwise as latency's."""
-    return _draw_by_batch(
-        path, found, "times as fast as the teacher (dashed: FLOPs)", lambda one: one.speedup, with_flops=True
-    )
-
-
-def _draw_by_batch(
-    path: Path,
-    found: Sequence[Measurement],
-    label: str,
-    value: Callable[[Measurement], float],
-    with_flops: bool = False,
-) -> bool:
-    figure = new_figure(7.5, 4.8)
-    if figure is None:
-        return False
-    axes = figure.add_subplot()
-    first = found[0]
-    shown = [one for one in found if _place(one) == _place(first)]
-    for number, name in enumerate(dict.fromkeys(one.name for one in shown)):
-        own = sorted((one for one in shown if one.name == name), key=lambda one: one.batch_size)
-        places = [one.batch_size for one in own]
-        axes.plot(places, [value(one) for one in own], marker="o", color=f"C{number}", label=name)
-        if with_flops:
-            axes.plot(places, [one.flops_ratio for one in own], linestyle="--", color=f"C{number}")
-    sizes = sorted({one.batch_size for one in shown})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, list(map(str, sizes)))
-    axes.set_xlabel("batch size")
-    axes.set_ylabel(label)
-    device, precision, threads, length = _place(first)
-    axes.set_title(f"{device}, {precision}; threads: {threads}; tokens: {length or 'own'}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    return True
-
-
-def _place(one: Measurement) -> tuple[str, str, int, int]:
-    return one.device, one.precision, one.threads, one.length
-
-
-def format_benchmark(found: Sequence[Measurement]) -> str:
-    """A Markdown table, one line per contender and setting, which says where there is no gain.
-
-    Args:
-        found: From [`benchmark`].
-    """
-    lines = [
-        "| device | precision | threads | tokens | batch | model | ms, median | p95 | p99 | texts/s | faster by "
-        "| quartiles | fewer FLOPs | of peak | mean exit layer | same answers | |",
-        "|" + "---|" * 17,
-    ]
-    for one in found:
-        low, high = one.speedup_quartiles
-        verdict = "" if one.name == TEACHER or one.gains else "no gain here"
-        same = "" if one.agreement is None else f"{one.agreement:.1%}"
-        lines.append(
-            f"| {one.device} | {one.precision} | {one.threads} | {one.length or 'own'} | {one.batch_size} | {one.name} "
-            f"| {one.median_ms:.2f} | {one.p95_ms:.2f} | {one.p99_ms:.2f} | {one.texts_per_second:.0f} "
-            f"| {one.speedup:.2f}x | {low:.2f}..{high:.2f} | {one.flops_ratio:.2f}x | {one.peak_share:.0%} "
-            f"| {one.mean_exit_layer:.2f} | {same} | {verdict} |"
-        )
-    return "\n".join(lines)

@@ -251,11 +251,49 @@ class Latency:
         median_ms: Median, milliseconds.
         p95_ms: 95th percentile (nearest rank: the time that 95% of the calls kept to), milliseconds.
         repeats: Timed calls.
+        times_ms: Every timed call, in order, milliseconds.
     """
 
     median_ms: float
     p95_ms: float
     repeats: int
+    times_ms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How two times relate, round by round.
+
+    Args:
+        median: Over the rounds.
+        lower_quartile: The same.
+        upper_quartile: The same.
+    """
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.lower_quartile:.2f} to {self.upper_quartile:.2f})"
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
+    """The ratio of two candidates' times within a round, which a machine that slows down for a while leaves as it is.
+
+    Args:
+        above: Times of the rounds of [`measure_alternating`], shape (rounds,).
+        below: Times of the other candidate in the same rounds.
+
+    Example:
+        >>> print(ratio([4.0, 8.0, 6.0], [2.0, 4.0, 2.0]))
+        2.00 (2.00 to 2.50)
+    """
+    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
+    if len(ratios) == 1:
+        return Ratio(ratios[0], ratios[0], ratios[0])
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(middle, low, high)
 
 
 def measure_latency(function: Callable[[], Any], *, warmup: int = 3, repeats: int = 20) -> Latency:
@@ -276,7 +314,11 @@ def measure_latency(function: Callable[[], Any], *, warmup: int = 3, repeats: in
 
 
 def measure_alternating(
-    functions: Mapping[str, Callable[[], Any]], *, warmup: int = 3, repeats: int = 20
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    warmup: int = 3,
+    repeats: int = 20,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Latency]:
     """Times of several candidates, called in turn (a b c a b c ...), so that a noisy machine favours none of them.
 
@@ -286,6 +328,8 @@ def measure_alternating(
         functions: Name -> candidate, called without arguments.
         warmup: Untimed rounds over all candidates, 0 or more.
         repeats: Timed rounds, at least 1.
+        clock: Gives seconds; `None` for the wall clock. `time.process_time` counts those that this process ran, on a
+            machine that others use too; with several threads they add up.
 
     Returns:
         Name -> milliseconds per call, in the given order; empty for no candidates.
@@ -300,18 +344,18 @@ def measure_alternating(
     times_ms: dict[str, list[float]] = {name: [] for name in functions}
     for round_index in range(warmup + repeats):
         for name, function in functions.items():
-            elapsed_ms = _timed_ms(function)
+            elapsed_ms = _timed_ms(function, clock or time.perf_counter)
             if round_index >= warmup:
                 times_ms[name].append(elapsed_ms)
     return {name: _summary(values) for name, values in times_ms.items()}
 
 
-def _timed_ms(function: Callable[[], Any]) -> float:
+def _timed_ms(function: Callable[[], Any], clock: Callable[[], float]) -> float:
     _synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     _synchronize()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def _synchronize() -> None:
@@ -321,7 +365,7 @@ def _synchronize() -> None:
 
 def _summary(values_ms: list[float]) -> Latency:
     nearest_rank = math.ceil(0.95 * len(values_ms)) - 1
-    return Latency(statistics.median(values_ms), sorted(values_ms)[nearest_rank], len(values_ms))
+    return Latency(statistics.median(values_ms), sorted(values_ms)[nearest_rank], len(values_ms), tuple(values_ms))
 
 
 def _check_seq_length(seq_length: int) -> None:

@@ -113,12 +113,12 @@ class CostEffEmbeddings(nn.Module):
             position_ids = self.position_ids(input_ids, embedded.shape[1], embedded.device)
         if self.projection is not None:
             embedded = self.projection(embedded)
-        embedded = embedded + self.position_embeddings(position_ids)
+        places = self.position_embeddings(position_ids)
         if self.token_type_embeddings is not None:
             if token_type_ids is None:
                 token_type_ids = position_ids.new_zeros(1, 1)
-            embedded = embedded + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.norm(embedded))
+            places = places + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.norm(embedded + places))
 
 
 class CostEffAttention(nn.Module):

@@ -27,6 +27,7 @@ from .efficiency import (
 )
 from .exit_criteria import ExitConfig
 from .exit_replay import ExitLogits, ExitReplay
+from .markdown import markdown_table
 from .metrics import compute_metrics, default_metric
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, inference
 from .promises import weights_fingerprint
@@ -284,20 +285,21 @@ def format_table(rows: Sequence[ReportRow], metric: str) -> str:
         metric: The metric to show.
     """
     reference = rows[0]
-    lines = [
-        f"| model | {metric} | of the teacher | parameters | smaller by | FLOPs, 128 tokens | fewer by "
-        "| mean exit layer | ms per text, batch 32 | faster by | ms per text, batch 1 | faster by |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["model", metric, "of the teacher", "parameters", "smaller by", "FLOPs, 128 tokens", "fewer by"]
+    columns += ["mean exit layer", "ms per text, batch 32", "faster by", "ms per text, batch 1", "faster by"]
+    lines = []
     for row in rows:
         value, base = row.metrics[metric], reference.metrics[metric]
         big, one = (row.ms_per_text[str(size)] for size in TIMED_BATCHES)
         base_big, base_one = (reference.ms_per_text[str(size)] for size in TIMED_BATCHES)
-        kept = f"{value / base:.1%}" if base else "n/a"
+        parameters, flops = row.parameters, row.flops_per_row_at_128
         lines.append(
-            f"| {row.name} | {value:.4f} | {kept} | {row.parameters / 1e6:.2f}M "
-            f"| {reference.parameters / row.parameters:.2f}x | {row.flops_per_row_at_128 / 1e6:,.1f}M "
-            f"| {reference.flops_per_row_at_128 / row.flops_per_row_at_128:.2f}x | {row.mean_exit_layer:.2f} "
-            f"| {big:.3f} | {base_big / big:.2f}x | {one:.2f} | {base_one / one:.2f}x |"
+            [
+                *(row.name, f"{value:.4f}", f"{value / base:.1%}" if base else "n/a"),
+                *(f"{parameters / 1e6:.2f}M", f"{reference.parameters / parameters:.2f}x"),
+                *(f"{flops / 1e6:,.1f}M", f"{reference.flops_per_row_at_128 / flops:.2f}x"),
+                *(f"{row.mean_exit_layer:.2f}", f"{big:.3f}", f"{base_big / big:.2f}x"),
+                *(f"{one:.2f}", f"{base_one / one:.2f}x"),
+            ]
         )
-    return "\n".join(lines)
+    return markdown_table(columns, lines)

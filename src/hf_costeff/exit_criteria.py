@@ -43,16 +43,40 @@ def decision_log_probabilities(logits: Tensor, problem_type: str) -> Tensor:
         >>> decision_log_probabilities(torch.zeros(1, 3), "multi_label_classification").shape
         torch.Size([1, 3, 2])
     """
+    scores = torch.log_softmax(_choices(logits, problem_type), dim=-1)
+    return scores.unsqueeze(-2) if problem_type == SINGLE_LABEL else scores
+
+
+def decision_probabilities(logits: Tensor, problem_type: str) -> Tensor:
+    """Probabilities of the choices a row has: its classes, or no and yes of every label.
+
+    Args:
+        logits: Raw logits, shape (..., labels).
+        problem_type: As for [`decision_log_probabilities`].
+
+    Returns:
+        Shape (..., labels), or (..., labels, 2) for multi-label, in at least single precision.
+
+    Raises:
+        ValueError: For regression, where a number has no probability.
+
+    Example:
+        >>> decision_probabilities(torch.zeros(1, 2), "multi_label_classification")
+        tensor([[[0.5000, 0.5000],
+                 [0.5000, 0.5000]]])
+    """
+    return torch.softmax(_choices(logits, problem_type), dim=-1)
+
+
+def _choices(logits: Tensor, problem_type: str) -> Tensor:
+    """Logits of the choices, shape (..., labels) or (..., labels, 2)."""
     if problem_type == REGRESSION:
         raise ValueError(
             "A regression model has no class probabilities, so entropy, confidence and margin do not exist. "
             'Use ExitConfig(criterion="patience", patience=..., tolerance=<label units>).'
         )
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    choices = (
-        logits.unsqueeze(-2) if problem_type == SINGLE_LABEL else torch.stack([torch.zeros_like(logits), logits], -1)
-    )
-    return torch.log_softmax(choices, dim=-1)
+    return logits if problem_type == SINGLE_LABEL else torch.stack([torch.zeros_like(logits), logits], -1)
 
 
 def probabilities(logits: Tensor, problem_type: str) -> Tensor:
@@ -71,8 +95,8 @@ def probabilities(logits: Tensor, problem_type: str) -> Tensor:
     """
     if problem_type == REGRESSION:
         return logits
-    decisions = decision_log_probabilities(logits, problem_type).exp()
-    return decisions.squeeze(-2) if problem_type == SINGLE_LABEL else decisions[..., 1]
+    chances = decision_probabilities(logits, problem_type)
+    return chances if problem_type == SINGLE_LABEL else chances[..., 1]
 
 
 def answers(logits: Tensor, problem_type: str) -> Tensor:
@@ -133,64 +157,52 @@ def answer_confidence(chances: Tensor, problem_type: str) -> Tensor | None:
     return torch.maximum(chances, 1 - chances).amin(-1) if problem_type == MULTI_LABEL else chances.amax(-1)
 
 
-def entropy(log_probabilities: Tensor) -> Tensor:
-    """Entropy in nats of the least sure decision, between 0 and ln(classes).
+def entropy(chances: Tensor) -> Tensor:
+    """Entropy in nats, between 0 and ln(classes).
 
     Args:
-        log_probabilities: From [`decision_log_probabilities`], shape (..., decisions, classes).
+        chances: From [`decision_probabilities`], shape (..., classes).
 
     Returns:
         Shape (...).
 
     Example:
-        >>> entropy(decision_log_probabilities(torch.zeros(1, 2), "single_label_classification"))
-        tensor([0.6931])
+        >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+        tensor([0.6931, 0.0000])
     """
-    return (-log_probabilities.exp() * log_probabilities).sum(-1).amax(-1)
+    return torch.special.entr(chances).sum(-1)
 
 
-def normalized_entropy(log_probabilities: Tensor) -> Tensor:
-    """Entropy of the least sure decision over ln(classes), between 0 and 1.
+def normalized_entropy(chances: Tensor) -> Tensor:
+    """Entropy over ln(classes), between 0 and 1, shape (...), from probabilities of shape (..., classes)."""
+    return entropy(chances) / math.log(chances.shape[-1])
+
+
+def normalized_confidence(chances: Tensor) -> Tensor:
+    """Largest probability, rescaled so that 0 is a uniform guess and 1 is certainty.
 
     Args:
-        log_probabilities: Shape (..., decisions, classes).
-
-    Returns:
-        Shape (...).
-    """
-    return entropy(log_probabilities) / math.log(log_probabilities.shape[-1])
-
-
-def normalized_confidence(log_probabilities: Tensor) -> Tensor:
-    """Largest probability of the least sure decision, rescaled so that 0 is a uniform guess and 1 is certainty.
-
-    Args:
-        log_probabilities: Shape (..., decisions, classes).
+        chances: Shape (..., classes).
 
     Returns:
         (p_max - 1/C) / (1 - 1/C), shape (...).
     """
-    uniform = 1 / log_probabilities.shape[-1]
-    return ((log_probabilities.exp().amax(-1) - uniform) / (1 - uniform)).amin(-1).clamp(0, 1)  # 1 despite rounding
+    uniform = 1 / chances.shape[-1]
+    return ((chances.amax(-1) - uniform) / (1 - uniform)).clamp(0, 1)  # 1 despite rounding
 
 
-def margin(log_probabilities: Tensor) -> Tensor:
-    """Gap between the two largest probabilities of the least sure decision, in [0, 1].
-
-    Args:
-        log_probabilities: Shape (..., decisions, classes).
-
-    Returns:
-        Shape (...).
-    """
-    top = log_probabilities.exp().topk(2, dim=-1).values
-    return (top[..., 0] - top[..., 1]).amin(-1)
+def margin(chances: Tensor) -> Tensor:
+    """Gap between the two largest probabilities, in 0..1, shape (...), from probabilities of shape (..., classes)."""
+    top = chances.topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
 
 
 class ExitCriterion(ABC):
     """A rule for leaving. Subclasses answer for a batch of rows at one checked exit."""
 
     name: ClassVar[str]
+    looks_back: ClassVar[bool] = False
+    """Whether earlier exits' logits matter too."""
 
     def __init__(self, settings: ExitConfig, num_exits: int, problem_type: str) -> None:
         """Spread the settings over the exits.
@@ -215,17 +227,26 @@ class ExitCriterion(ABC):
         """Whether any logits let a row leave at this exit; where none do, and it tells later exits nothing, `False`."""
         return True
 
-    @abstractmethod
     def leaves(self, history: Tensor, exit_index: int) -> Tensor:
-        """Which rows leave at this exit.
+        """Which rows leave at this exit: booleans, True = leaves, shape (rows,); arguments as for [`evidence`]."""
+        return self.passes(self.evidence(history, exit_index), exit_index)
+
+    @abstractmethod
+    def evidence(self, history: Tensor, exit_index: int) -> Tensor:
+        """The number by which each row is judged at this exit.
 
         Args:
-            history: Raw logits of the checked exits so far, this one last, shape (rows, seen, labels).
+            history: Raw logits of the checked exits so far, this one last, shape (rows, seen, labels); this one alone
+                is enough for a criterion that does not look back.
             exit_index: 0-based position of this exit in the model's list of exits.
 
         Returns:
-            Booleans, True = leaves, shape (rows,).
+            Floating point, shape (rows,).
         """
+
+    @abstractmethod
+    def passes(self, evidence: Tensor | float, exit_index: int) -> Any:
+        """Whether rows with this evidence leave: a boolean for a number, booleans for a tensor of the same shape."""
 
 
 class ThresholdCriterion(ExitCriterion):
@@ -247,28 +268,34 @@ class ThresholdCriterion(ExitCriterion):
         self.thresholds = spread("threshold", settings.threshold, num_exits)
 
     @abstractmethod
-    def measure(self, log_probabilities: Tensor) -> Tensor:
-        """The compared quantity, shape (rows,), from log-probabilities of shape (rows, decisions, classes)."""
+    def measure(self, chances: Tensor) -> Tensor:
+        """The compared quantity of a decision, shape (...), from its probabilities, shape (..., classes)."""
 
     def measured(self, logits: Tensor, exit_index: int) -> Tensor:
-        """The compared quantity of one exit's raw logits (rows, labels), at its temperature, shape (rows,)."""
-        return self.measure(decision_log_probabilities(self.scaled(logits, exit_index), self.problem_type))
+        """The compared quantity of one exit's raw logits (rows, labels), at its temperature, shape (rows,).
 
-    def passes(self, measured: Tensor, exit_index: int) -> Tensor:
+        For multi-label that of the least sure label.
+        """
+        found = self.measure(decision_probabilities(self.scaled(logits, exit_index), self.problem_type))
+        if self.problem_type == SINGLE_LABEL:
+            return found
+        return found.amax(-1) if self.lower_is_surer else found.amin(-1)
+
+    def evidence(self, history: Tensor, exit_index: int) -> Tensor:
+        """The exit's own measure, shape (rows,)."""
+        return self.measured(history[:, -1], exit_index)
+
+    def passes(self, evidence: Tensor | float, exit_index: int) -> Any:
         """Strict comparison; a threshold at or past the far end lets every row leave, by definition."""
         threshold = self.thresholds[exit_index]
         if (threshold >= self.everybody_leaves) if self.lower_is_surer else (threshold <= self.everybody_leaves):
-            return torch.ones_like(measured, dtype=torch.bool)
-        return measured < threshold if self.lower_is_surer else measured > threshold
+            return evidence == evidence
+        return evidence < threshold if self.lower_is_surer else evidence > threshold
 
     def can_leave(self, exit_index: int) -> bool:
         """False for a threshold at or past the careful end: the comparison is strict."""
         threshold = self.thresholds[exit_index]
         return threshold > self.nobody_leaves if self.lower_is_surer else threshold < self.nobody_leaves
-
-    def leaves(self, history: Tensor, exit_index: int) -> Tensor:
-        """Whether the exit's own measure passes its threshold, shape (rows,)."""
-        return self.passes(self.measured(history[:, -1], exit_index), exit_index)
 
 
 class EntropyCriterion(ThresholdCriterion):
@@ -283,9 +310,9 @@ class EntropyCriterion(ThresholdCriterion):
     nobody_leaves = 0.0
     everybody_leaves = 1.0
 
-    def measure(self, log_probabilities: Tensor) -> Tensor:
-        """Normalised entropy, shape (rows,)."""
-        return normalized_entropy(log_probabilities)
+    def measure(self, chances: Tensor) -> Tensor:
+        """Normalised entropy, shape (...)."""
+        return normalized_entropy(chances)
 
 
 class EntropyInNatsCriterion(ThresholdCriterion):
@@ -296,9 +323,9 @@ class EntropyInNatsCriterion(ThresholdCriterion):
     nobody_leaves = 0.0
     everybody_leaves = math.inf
 
-    def measure(self, log_probabilities: Tensor) -> Tensor:
-        """Entropy in nats, shape (rows,)."""
-        return entropy(log_probabilities)
+    def measure(self, chances: Tensor) -> Tensor:
+        """Entropy in nats, shape (...)."""
+        return entropy(chances)
 
 
 class ConfidenceCriterion(ThresholdCriterion):
@@ -312,9 +339,9 @@ class ConfidenceCriterion(ThresholdCriterion):
     nobody_leaves = 1.0
     everybody_leaves = 0.0
 
-    def measure(self, log_probabilities: Tensor) -> Tensor:
-        """Rescaled largest probability, shape (rows,)."""
-        return normalized_confidence(log_probabilities)
+    def measure(self, chances: Tensor) -> Tensor:
+        """Rescaled largest probability, shape (...)."""
+        return normalized_confidence(chances)
 
 
 class MarginCriterion(ThresholdCriterion):
@@ -325,9 +352,9 @@ class MarginCriterion(ThresholdCriterion):
     nobody_leaves = 1.0
     everybody_leaves = 0.0
 
-    def measure(self, log_probabilities: Tensor) -> Tensor:
-        """Gap of the two largest probabilities, shape (rows,)."""
-        return margin(log_probabilities)
+    def measure(self, chances: Tensor) -> Tensor:
+        """Gap of the two largest probabilities, shape (...)."""
+        return margin(chances)
 
 
 class PatienceCriterion(ExitCriterion):
@@ -339,6 +366,7 @@ class PatienceCriterion(ExitCriterion):
     """
 
     name = "patience"
+    looks_back = True
 
     def __init__(self, settings: ExitConfig, num_exits: int, problem_type: str) -> None:
         super().__init__(settings, num_exits, problem_type)
@@ -349,18 +377,22 @@ class PatienceCriterion(ExitCriterion):
             raise ValueError("Patience on a regression model needs `tolerance`: the largest change, in label units.")
         self.tolerance = settings.tolerance or 0.0
 
-    def leaves(self, history: Tensor, exit_index: int) -> Tensor:
-        """True where the exit's `patience` last steps between checked exits all agree, shape (rows,)."""
+    def evidence(self, history: Tensor, exit_index: int) -> Tensor:
+        """1 where the exit's `patience` last steps between checked exits all agree, otherwise 0, shape (rows,)."""
         patience = self.patience[exit_index]
         if history.shape[1] <= patience:
-            return torch.zeros(len(history), dtype=torch.bool, device=history.device)
+            return torch.zeros(len(history), device=history.device)
         window = history[:, -patience - 1 :]
         if self.problem_type == REGRESSION:
             agrees = (window[:, 1:] - window[:, :-1]).abs().amax(-1) < self.tolerance
         else:
             answered = answers(window, self.problem_type)
             agrees = answered[:, 1:] == answered[:, :-1]
-        return agrees.flatten(1).all(-1)
+        return agrees.flatten(1).all(-1).float()
+
+    def passes(self, evidence: Tensor | float, exit_index: int) -> Any:
+        """Whether all agree."""
+        return evidence > 0
 
 
 CRITERIA: dict[str, type[ExitCriterion]] = {

@@ -60,19 +60,32 @@ class ExitPlan:
         """The first stop behind layer `depth` (0: the embeddings)."""
         return next(stop for stop in self.stops if stop > depth)
 
-    def leaves(self, seen: Tensor, depth: int) -> Tensor:
-        """Which rows leave at the stop after layer `depth`.
+    @property
+    def looks_back(self) -> bool:
+        """Whether the logits of earlier stops matter."""
+        return self.criterion is not None and self.criterion.looks_back
+
+    def evidence(self, seen: Tensor, depth: int) -> Tensor | None:
+        """By what rows are judged at the stop after layer `depth`; `None` where everybody leaves.
 
         Args:
-            seen: Raw logits at the stops so far, this one last, shape (rows, seen, labels).
+            seen: Raw logits at the stops so far, this one last, shape (rows, seen, labels); this one alone where the
+                criterion does not look back.
             depth: 1-based layer.
 
         Returns:
-            Booleans, True = leaves, shape (rows,).
+            Shape (rows,).
         """
         if self.criterion is None or depth == self.stops[-1]:
-            return torch.ones(len(seen), dtype=torch.bool, device=seen.device)
-        return self.criterion.leaves(seen, self.exit_layers.index(depth))
+            return None
+        return self.criterion.evidence(seen, self.exit_layers.index(depth))
+
+    def passes(self, evidence: Sequence[float], depth: int) -> list[bool]:
+        """Which rows with this evidence leave at the stop after layer `depth`."""
+        if self.criterion is None:
+            return [True] * len(evidence)
+        index = self.exit_layers.index(depth)
+        return [self.criterion.passes(value, index) for value in evidence]
 
     def scaled(self, logits: Tensor, exit_layer: int) -> Tensor:
         """Logits of one exit over its temperature, shape as given; a regression model's values as they are."""
@@ -111,11 +124,13 @@ class RunningRows:
         ends: Position after the last real token of each row.
         counts: Real tokens of each row; fewer than its end where the padding is on the left.
         hidden_states: Shape (rows, seq, hidden).
-        padding_mask: 1 for real tokens, 0 for padding, shape (rows, seq); `None` where nothing is padded.
+        padding_mask: 1 for real tokens, 0 for padding, shape (rows, seq); `None` where no row has padding.
         depth: Layers that were run; 0 after the embeddings.
-        seen: Raw logits at the stops so far, shape (rows, seen, labels); `None` before the first.
+        seen: Raw logits at the stops so far, shape (rows, seen, labels); `None` before the first, and where the
+            criterion does not look back.
         attention_mask: What the attention function takes, kept here while the rows stay the same; `None`: not made yet,
             or not needed.
+        attend: The attention function.
     """
 
     numbers: list[int]
@@ -126,6 +141,7 @@ class RunningRows:
     depth: int = 0
     seen: Tensor | None = None
     attention_mask: Any = None
+    attend: Any = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -136,16 +152,10 @@ class RunningRows:
         """Columns that the rows need: up to the last real token of the longest."""
         return max(self.ends)
 
-    @property
-    def padded(self) -> bool:
-        """Whether any row has padding within the columns that the rows need."""
-        return min(self.counts) < self.longest
-
     def leave(self, plan: ExitPlan, logits: Tensor) -> tuple[LeavingRows | None, RunningRows | None]:
         """Ask the plan who leaves at the present depth.
 
-        The decision is taken on the device; one transfer tells the host. Rows are moved only if some leave and some
-        stay.
+        One transfer tells the host by what the rows are judged. Rows are moved only if some leave and some stay.
 
         Args:
             plan: Who may leave.
@@ -157,17 +167,24 @@ class RunningRows:
         Raises:
             ValueError: If a logit is not finite.
         """
-        here = logits.unsqueeze(1)
-        seen = here if self.seen is None else torch.cat([self.seen, here], dim=1)
-        leaves, sums = torch.stack([plan.leaves(seen, self.depth), logits.sum(-1)]).tolist()  # the one transfer
-        if not all(map(math.isfinite, sums)):
+        seen = logits.unsqueeze(1)
+        if self.seen is not None:
+            seen = torch.cat([self.seen, seen], dim=1)
+        evidence, sums = plan.evidence(seen, self.depth), logits.sum(-1)
+        if evidence is None:
+            leaves, on_host = [True] * len(self), sums.tolist()
+        else:
+            judged, on_host = torch.stack([evidence, sums]).tolist()  # the one transfer
+            leaves = plan.passes(judged, self.depth)
+        if not math.isfinite(sum(on_host)):
             self._check_finite(logits)
-        self.seen = seen
-        leaving = [position for position, leave in enumerate(leaves) if leave]
-        if not leaving:
+        if not any(leaves):
+            self.seen = seen if plan.looks_back else None
             return None, self
-        if len(leaving) == len(self):
+        if all(leaves):
             return LeavingRows(self.numbers, self.depth, logits), None
+        self.seen = seen if plan.looks_back else None
+        leaving = [position for position, leave in enumerate(leaves) if leave]
         left = LeavingRows(pick(self.numbers, leaving), self.depth, logits[host_index(leaving, logits.device)])
         return left, self.select([position for position, leave in enumerate(leaves) if not leave])
 
@@ -186,23 +203,25 @@ class RunningRows:
         """Some of the rows, cropped to the longest of them.
 
         Args:
-            positions: Positions among these rows, at least one.
+            positions: Positions among these rows, at least one. A range of neighbours is not copied.
         """
-        ends = pick(self.ends, positions)
-        index = host_index(positions, self.hidden_states.device)
+        ends, counts = pick(self.ends, positions), pick(self.counts, positions)
         columns = max(ends)
-
-        def cropped(tensor: Tensor) -> Tensor:
-            return tensor[:, :columns].index_select(0, index)
-
+        index: slice | Tensor
+        if isinstance(positions, range):
+            index = slice(positions.start, positions.stop, positions.step)
+        else:
+            index = host_index(positions, self.hidden_states.device)
+        padded = min(counts) < columns
         return RunningRows(
             numbers=pick(self.numbers, positions),
             ends=ends,
-            counts=pick(self.counts, positions),
-            hidden_states=cropped(self.hidden_states),
-            padding_mask=None if self.padding_mask is None else cropped(self.padding_mask),
+            counts=counts,
+            hidden_states=self.hidden_states[:, :columns][index],
+            padding_mask=None if self.padding_mask is None or not padded else self.padding_mask[:, :columns][index],
             depth=self.depth,
-            seen=None if self.seen is None else self.seen.index_select(0, index),
+            seen=None if self.seen is None else self.seen[index],
+            attend=self.attend,
         )
 
     @staticmethod
@@ -219,12 +238,15 @@ class RunningRows:
             return first
         rows, columns = sum(map(len, groups)), max(group.longest for group in groups)
         hidden_states = first.hidden_states.new_zeros(rows, columns, first.hidden_states.shape[-1])
-        padding_mask = torch.zeros(rows, columns, dtype=torch.bool, device=hidden_states.device)
+        padding_mask = None
+        if any(group.padding_mask is not None or group.longest < columns for group in groups):
+            padding_mask = torch.zeros(rows, columns, dtype=torch.bool, device=hidden_states.device)
         start = 0
         for group in groups:
-            place = (slice(start, start + len(group)), slice(0, group.hidden_states.shape[1]))
+            place = (slice(start, start + len(group)), slice(0, group.longest))
             hidden_states[place] = group.hidden_states
-            padding_mask[place] = True if group.padding_mask is None else group.padding_mask != 0
+            if padding_mask is not None:
+                padding_mask[place] = True if group.padding_mask is None else group.padding_mask != 0
             start += len(group)
         return RunningRows(
             numbers=[number for group in groups for number in group.numbers],
@@ -234,6 +256,7 @@ class RunningRows:
             padding_mask=padding_mask,
             depth=first.depth,
             seen=None if first.seen is None else torch.cat([group.seen for group in groups if group.seen is not None]),
+            attend=first.attend,
         )
 
 

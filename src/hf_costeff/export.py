@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import make_collator
 from .efficiency import Latency, measure_alternating
+from .encoder_layers import eager_attention
 from .exit_criteria import (
     MULTI_LABEL,
     REGRESSION,
     SINGLE_LABEL,
+    EntropyCriterion,
     ExitConfig,
     answers,
-    decision_log_probabilities,
-    normalized_entropy,
     same_answers,
 )
 from .metrics import compute_metrics
@@ -53,7 +53,7 @@ class Segment(nn.Module):
         """Take a part of a model.
 
         Args:
-            model: In eval mode, with eager attention.
+            model: In eval mode.
             start: Layers that have been run before, 0 for none.
             stop: 1-based layer that it ends with.
         """
@@ -70,10 +70,11 @@ class Segment(nn.Module):
         """
         hidden = states if self.start else self.model.embeddings(states, token_type_ids, None, None)
         allowed = attention_mask[:, None, None, :] != 0
-        hidden, (logits,) = self.model._run_layers(
+        hidden, (logits,) = self.model.run_layers(
             hidden,
             attention_mask,
             torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min),
+            eager_attention,
             depths=range(self.start + 1, self.stop + 1),
             exits=[self.stop],
         )
@@ -148,17 +149,22 @@ def export_onnx(
     Args:
         model: A multi-exit classifier; it is not changed.
         tokenizer: Its tokenizer, a fast one.
-        output_dir: Folder to write; an earlier export in it is replaced.
+        output_dir: Folder to write, not a model's own; an earlier export in it is replaced.
         int8: Whether matrix products run, and embeddings are stored, in 8 bits (onnxruntime's dynamic quantization). A
             row's logits then depend a little on its batch.
         rows: Tokenized rows, with `labels` if they are known, on which the change by int8 is measured; `None` leaves
             that out.
 
     Raises:
-        ValueError: A missing library, a tokenizer that cannot travel, a model without exits, or graphs that do not
-            answer as the model does; the folder is then as it was.
+        ValueError: A missing library, a folder with a model in it, a tokenizer that cannot travel, a model without
+            exits, or graphs that do not answer as the model does; the folder is then as it was.
     """
     _require_libraries()
+    if (Path(output_dir) / "config.json").exists():
+        raise ValueError(
+            f"`output_dir` is {str(output_dir)!r}, which holds a model: its tokenizer would be written over. Name a "
+            "folder of its own for the export."
+        )
     if not isinstance(model, CostEffForSequenceClassification):
         raise ValueError(f"{type(model).__name__} has no exits to export. Compress it first: hf_costeff.compress.")
     make_collator(tokenizer)  # refuses a tokenizer without padding, or with padding on the left
@@ -232,13 +238,12 @@ def write_graphs(
 
 
 def plain_model(model: CostEffModel) -> CostEffModel:
-    """A copy in single precision on the CPU, with eager attention and without empty matrices.
+    """A copy in single precision on the CPU, without empty matrices.
 
     Args:
         model: The model, left as it is.
     """
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
-    plain.set_attn_implementation("eager")
     for layer in plain.layers:
         if layer.attention.num_heads == 0:
             layer.attention = BiasAlone(layer.attention.output, has_weights=True)
@@ -250,26 +255,52 @@ def plain_model(model: CostEffModel) -> CostEffModel:
 def write_graph(segment: Segment, inputs: Sequence[str], file: Path) -> None:
     """Write one segment as a graph of any batch size and length.
 
-    By tracing, not by torch.export: onnxruntime's quantizer reads these graphs, and they need no other library.
-
     Args:
         segment: Of a [`plain_model`].
         inputs: Names of its arguments.
         file: ONNX file to write.
     """
-    hidden_size = segment.model.config.hidden_size
+    config = segment.model.config
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    first = torch.zeros(2, 3, hidden_size) if segment.start else torch.zeros_like(mask)
-    outputs = ["logits"] if segment.stop == segment.model.config.num_hidden_layers else ["logits", "hidden_states_out"]
+    first = torch.zeros(2, 3, config.hidden_size) if segment.start else torch.zeros_like(mask)
+    examples = dict(zip(inputs, (first, mask, torch.zeros_like(mask)), strict=False))
+    outputs = ["logits"] if segment.stop == config.num_hidden_layers else ["logits", "hidden_states_out"]
+    trace(segment, examples, outputs, file)
+
+
+def write_stock_graph(model: PreTrainedModel, inputs: Sequence[str], file: Path) -> None:
+    """Write a stock classifier as one graph of any batch size and length, to compare with.
+
+    Args:
+        model: Left as it is.
+        inputs: Names of the first arguments of its forward, whole numbers of shape (batch, seq) each.
+        file: ONNX file to write; its output is `logits`.
+    """
+    plain = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    plain.set_attn_implementation("eager")
+    trace(plain, {name: torch.ones(2, 3, dtype=torch.long) for name in inputs}, ["logits"], file)
+
+
+def trace(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], file: Path) -> None:
+    """Write a module as a graph whose inputs, and outputs but for the logits, have any batch size and length.
+
+    By tracing, not by torch.export: onnxruntime's quantizer reads these graphs, and they need no other library.
+
+    Args:
+        module: In eval mode.
+        inputs: Examples of its first arguments, in order, under the names that they get.
+        outputs: Names of what it returns.
+        file: ONNX file to write.
+    """
     dynamic = {name: {0: "batch", 1: "seq"} for name in (*inputs, *outputs)}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing warns of the length check, which the runner repeats
         torch.onnx.export(
-            segment,
-            (first, mask, torch.zeros_like(mask))[: len(inputs)],
+            module,
+            tuple(inputs.values()),
             str(file),
             input_names=list(inputs),
-            output_names=outputs,
+            output_names=list(outputs),
             dynamic_axes={**dynamic, "logits": {0: "batch"}},
             opset_version=OPSET,
             dynamo=False,
@@ -360,7 +391,7 @@ def probe_settings(exit_logits: Tensor, runner: Runner, problem_type: str) -> li
     if problem_type == REGRESSION:
         measured = (logits[:, 1] - logits[:, 0]).abs().amax(-1)
     else:
-        measured = normalized_entropy(decision_log_probabilities(logits[:, 0], problem_type))
+        measured = EntropyCriterion(ExitConfig(threshold=0.5), 1, problem_type).measured(logits[:, 0], 0)
     low, high = widest_gap(measured)
     if high - low < TOLERANCE:
         return []
@@ -384,32 +415,43 @@ def widest_gap(values: Tensor) -> tuple[float, float]:
 
 
 def quantize_graphs(source: Path, target: Path) -> None:
-    """Copy an export with the weights of its matrix products and embeddings in 8 bits.
+    """Copy an export with the weights of its graphs in 8 bits.
 
-    Weights have one scale per column and 7 of the 8 bits: with 8, processors without VNNI overflow silently. What was
-    promised of the exit settings is left out, since it held for the exact weights.
+    What was promised of the exit settings is left out, since it held for the exact weights.
 
     Args:
         source: An fp32 export.
         target: Folder to make.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     shutil.copytree(source, target)
     settings = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     (settings["exit_config"] or {}).pop("calibration", None)
     (target / CONFIG).write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    logging.disable(logging.WARNING)  # advice on preprocessing, once per graph and on the root logger
+    for graph in source.glob("*.onnx"):
+        quantize_graph(graph, target / graph.name)
+
+
+def quantize_graph(source: Path, target: Path) -> None:
+    """Copy a graph with the weights of its matrix products and embeddings in 8 bits.
+
+    Weights have one scale per column and 7 of the 8 bits: with 8, processors without VNNI overflow silently.
+
+    Args:
+        source: An fp32 graph.
+        target: ONNX file to write.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.disable(logging.WARNING)  # advice on preprocessing, on the root logger
     try:
-        for graph in source.glob("*.onnx"):
-            quantize_dynamic(
-                graph,
-                target / graph.name,
-                op_types_to_quantize=["MatMul", "Gather"],
-                weight_type=QuantType.QInt8,
-                per_channel=True,
-                reduce_range=True,
-            )
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul", "Gather"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,
+        )
     finally:
         logging.disable(logging.NOTSET)
 

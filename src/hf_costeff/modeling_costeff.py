@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,17 +158,17 @@ class CostEffPreTrainedModel(PreTrainedModel):
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; every module's mode as it was afterwards."""
+    """Torch's inference mode without dropout inside; every module's mode as it was afterwards."""
     training, below = [], [model]
-    while below:  # four times as fast as modules(), which for one short text would be felt
-        module = below.pop()
-        below += [child for child in module._modules.values() if child is not None]
+    for module in below:  # it grows; modules() takes many times as long, which for one short text would be felt
+        if module._modules:
+            below.extend(child for child in module._modules.values() if child is not None)
         if module.training:
             training.append(module)
     for module in training:
         module.training = False
     try:
-        with torch.no_grad():
+        with torch.inference_mode():  # a short text alone feels what autograd costs per operation, even when off
             yield
     finally:
         for module in training:
@@ -266,10 +266,11 @@ class CostEffModel(CostEffPreTrainedModel):
         embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
         hidden_states = [embedded] if output_hidden_states else None
         attentions: list[Tensor | None] | None = [] if output_attentions else None
-        last_hidden_state, exit_logits = self._run_layers(
+        last_hidden_state, exit_logits = self.run_layers(
             embedded,
             attention_mask,
             create_bidirectional_mask(self.config, inputs_embeds=embedded, attention_mask=attention_mask),
+            self._attention_function(),
             depths=range(1, self.config.num_hidden_layers + 1),
             exits=self.config.exit_layers,
             hidden_states=hidden_states,
@@ -318,7 +319,7 @@ class CostEffModel(CostEffPreTrainedModel):
             while rows is not None:
                 leaving, rows = self.advance(rows, plan)
                 left += [] if leaving is None else [leaving]
-            return self.answer(left, plan)
+        return self.answer(left, plan)
 
     def exit_plan(self, early_exit: bool | float | ExitConfig | None = None) -> ExitPlan:
         """What `predict(early_exit=...)` means for this model: which exits are asked, and who may leave there.
@@ -334,7 +335,6 @@ class CostEffModel(CostEffPreTrainedModel):
         warn_if_void(self, None if settings is None else settings.calibration)
         return plan
 
-    @torch.inference_mode()
     def enter(
         self,
         input_ids: Tensor | None,
@@ -358,16 +358,17 @@ class CostEffModel(CostEffPreTrainedModel):
             raise ValueError(f"`input_ids` is {found}. predict needs a non-empty (batch, seq).")
         ends, counts = ends_and_counts(attention_mask, *input_ids.shape)
         columns = max(ends)
+        padded = min(counts) < columns
         types = None if token_type_ids is None else token_type_ids[:, :columns]
         return RunningRows(
             numbers=list(range(len(ends)) if numbers is None else numbers),
             ends=ends,
             counts=counts,
             hidden_states=self._embed(input_ids[:, :columns], types, None, None),
-            padding_mask=None if attention_mask is None else attention_mask[:, :columns],
+            padding_mask=None if attention_mask is None or not padded else attention_mask[:, :columns],
+            attend=self._attention_function(),
         )
 
-    @torch.inference_mode()  # a short text alone feels what autograd costs per operation, even when it is off
     def advance(self, rows: RunningRows, plan: ExitPlan) -> tuple[LeavingRows | None, RunningRows | None]:
         """Run rows on to the plan's next stop and ask who leaves there. Call it inside [`inference`].
 
@@ -382,17 +383,18 @@ class CostEffModel(CostEffPreTrainedModel):
             ValueError: If logits are not finite.
         """
         stop = plan.next_stop(rows.depth)
-        if rows.attention_mask is None and rows.padded:
+        if rows.attention_mask is None and rows.padding_mask is not None:
             rows.attention_mask = create_bidirectional_mask(
                 self.config,
                 inputs_embeds=rows.hidden_states,
                 attention_mask=rows.padding_mask,
                 allow_is_bidirectional_skip=False,  # the host knows that there is padding; looking would wait
             )
-        rows.hidden_states, (logits,) = self._run_layers(
+        rows.hidden_states, (logits,) = self.run_layers(
             rows.hidden_states,
             rows.padding_mask,
             rows.attention_mask,
+            rows.attend,
             depths=range(rows.depth + 1, stop + 1),
             exits=[stop],
         )
@@ -400,7 +402,7 @@ class CostEffModel(CostEffPreTrainedModel):
         return rows.leave(plan, logits)
 
     def answer(self, left: Sequence[LeavingRows], plan: ExitPlan) -> CostEffPrediction:
-        """What rows answered, in the order of their numbers.
+        """What rows answered, in the order of their numbers. Call it outside [`inference`].
 
         Args:
             left: Rows that left, at least one.
@@ -430,11 +432,15 @@ class CostEffModel(CostEffPreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         return self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
 
-    def _run_layers(
+    def _attention_function(self) -> Callable[..., Any]:
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+
+    def run_layers(
         self,
         hidden: Tensor,
         padding_mask: Tensor | None,
         attention_mask: Any,
+        attend: Callable[..., Any],
         *,
         depths: range,
         exits: Collection[int],
@@ -442,8 +448,23 @@ class CostEffModel(CostEffPreTrainedModel):
         attentions: list[Tensor | None] | None = None,
         equilibrium: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The one loop: `depths` (1-based) run in order, the exits among them that are in `exits` answer."""
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        """The one loop over layers and exits.
+
+        Args:
+            hidden: What the first of these layers takes, shape (batch, seq, hidden).
+            padding_mask: For the exit heads: 1 for real tokens, 0 for padding, shape (batch, seq); `None` where nothing
+                is padded.
+            attention_mask: What `attend` takes.
+            attend: Attention function, with the arguments of [`eager_attention`].
+            depths: 1-based layers to run, in order.
+            exits: Layers whose exit answers, if they are among them.
+            hidden_states: Every layer's output is appended here, shape (batch, seq, hidden).
+            attentions: The same for attention weights.
+            equilibrium: Whether gradients are scaled by the number of exits ahead.
+
+        Returns:
+            Output of the last layer, shape (batch, seq, hidden), and raw logits of the exits, each (batch, labels).
+        """
         exit_logits: list[Tensor] = []
         for depth in depths:
             # Equilibrium: with m exits at or after a layer, x m into it and x 1/m out of it leave it the mean gradient.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..benchmarking import PRECISIONS, BenchmarkGrid, benchmark, choose_exits, write_benchmark
+from ..benchmark_report import write_benchmark
+from ..benchmarking import PRECISIONS, BenchmarkGrid, benchmark, choose_exits
 from ..checkpoints import load_classifier
 from ..data import SplitArguments, make_collator, prepare_split
 from .command import Command, load_slim, writable_folder

@@ -20,7 +20,9 @@ class ExportArguments:
     """
 
     model: str = field(metadata={"help": "A multi-exit model: a local folder or a Hub id."})
-    output_dir: str = field(metadata={"help": "Folder to write; an earlier export in it is replaced."})
+    output_dir: str = field(
+        metadata={"help": "Folder to write, not the model's own; an earlier export in it is replaced."}
+    )
     format: str = field(default="onnx", metadata={"help": f"One of {', '.join(FORMATS)}."})
     int8: bool = field(default=False, metadata={"help": "Run matrix products in 8 bits."})
     split: str | None = field(
