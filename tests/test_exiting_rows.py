@@ -106,6 +106,7 @@ def test_merged_rows_are_those_of_the_groups_padded_on_the_right():
     assert merged.padding_mask.int().tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0]]
     assert (merged.hidden_states[2] == groups[1].hidden_states[0]).all()
     assert (merged.hidden_states[1, :2] == groups[0].hidden_states[1]).all()
+    assert (merged.hidden_states[0, 2] == 0).all() and (merged.hidden_states[3, 1:] == 0).all()
     assert merged.depth == 1 and merged.seen is None
     assert RunningRows.merge([groups[2], groups[2]]).padding_mask is None
 
