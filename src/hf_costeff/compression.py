@@ -209,7 +209,9 @@ class Compression:
         self._set_labels(self.full_config)
         plan = self.plan()
         self._check_reachable(plan)
-        self.recipe: Recipe = RECIPES[self.arguments.recipe](len(self.data.train), max(plan.widths.num_attention_heads))
+        self.recipe: Recipe = RECIPES[self.arguments.recipe](
+            len(self.data.train), max(plan.widths.num_attention_heads), self.data.num_labels
+        )
         stages = list(self._stages(plan.widths, loaded_teacher))
         self.store = StageStore(self.arguments.output_dir, self._settings())
         if finished := [stage.name for stage in stages if self.store.is_finished(stage.name)]:
