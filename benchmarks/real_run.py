@@ -3,7 +3,8 @@
     python benchmarks/real_run.py --task sst2 --data DIR --models DIR [--seed 42] [--recipe fast]
 
 `--data` is a folder with the GLUE tasks as `nyu-mll/glue` has them, or for clinc150 one with its rows; `--models` one
-with `all-minilm-l6-v2` and `minilm-l6-sst2`. The run is resumable; its row goes to benchmarks/results/<task>-<recipe>-<seed>.json.
+with `all-minilm-l6-v2` and `minilm-l6-sst2`. The run is resumable; its row goes to
+benchmarks/results/<task>-<recipe>-<seed>.json.
 """
 
 from __future__ import annotations

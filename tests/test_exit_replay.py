@@ -28,7 +28,7 @@ def test_a_replay_leaves_and_answers_as_predict_does(settings):
     exits = ExitReplay(records, model.config).at(settings)
     predicted = model.predict(**batch, early_exit=settings if settings is not None else False)
     layers = predicted.exit_layer.tolist()
-    assert exits.exit_layers.tolist() == layers and exits.mean_exit_layer == pytest.approx(sum(layers) / 8)
+    assert exits.exit_layer.tolist() == layers and exits.mean_exit_layer == pytest.approx(sum(layers) / 8)
     assert exits.exit_shares == [layers.count(layer) / 8 for layer in (1, 2, 3, 4)]
     torch.testing.assert_close(exits.logits, predicted.logits, rtol=1e-5, atol=1e-5)
     if settings is not None:
@@ -55,8 +55,8 @@ def test_lost_counts_the_rows_that_lose_where_they_leave():
     records = ExitLogits(torch.tensor([[[0.0, 9.0]] * 4, [[0.1, 0.0]] * 4]), torch.tensor([3, 3]))
     replay = ExitReplay(records, tiny_model(num_labels=2).config)
     losses = torch.tensor([[True, False, False, False], [False, False, False, True]]).numpy()
-    assert replay.at(ExitConfig(threshold=0.5)).lost(losses) == 2
-    assert replay.full_depth.lost(losses) == 1
+    assert replay.at(ExitConfig(threshold=0.5)).total(losses) == 2
+    assert replay.full_depth.total(losses) == 1
 
 
 def test_a_model_that_was_never_calibrated_has_no_stored_settings():

@@ -16,7 +16,6 @@ from hf_costeff.guarantees import (
     rows_needed,
     sample_needed,
     split_rows,
-    upper_bound,
     zero_loss_rows,
 )
 
@@ -29,15 +28,6 @@ def at_most(flips: int, rows: int, rate: float) -> float:
 @pytest.mark.parametrize(("flips", "rows", "epsilon"), [(0, 50, 0.02), (3, 200, 0.03), (7, 90, 0.1), (90, 90, 0.5)])
 def test_a_p_value_is_the_chance_of_so_few_losses_at_the_rate_itself(flips, rows, epsilon):
     assert p_value(flips, rows, epsilon) == pytest.approx(at_most(flips, rows, epsilon))
-
-
-@pytest.mark.parametrize(("flips", "rows"), [(0, 30), (2, 100), (19, 60)])
-def test_at_the_upper_bound_so_few_losses_have_just_the_chance_delta(flips, rows):
-    assert at_most(flips, rows, upper_bound(flips, rows, 0.1)) == pytest.approx(0.1)
-
-
-def test_if_every_row_loses_the_bound_is_1():
-    assert upper_bound(5, 5, 0.1) == 1.0
 
 
 @pytest.mark.parametrize(("epsilon", "rows"), [(0.005, 460), (0.01, 230), (0.02, 114)])

@@ -509,7 +509,7 @@ def choose_exits(
 
     def cost(checked: Sequence[int]) -> float:
         exits = replay.at(dataclasses.replace(settings, checked_exits=list(checked)))
-        return expected_ms(exits.exit_layers, checked, layer_ms, question_ms)
+        return expected_ms(exits.exit_layer, checked, layer_ms, question_ms)
 
     while chosen:
         best = min(([layer for layer in chosen if layer != left_out] for left_out in chosen), key=cost)

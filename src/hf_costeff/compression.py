@@ -33,7 +33,6 @@ from transformers.utils import logging
 from .calibration import exit_curve
 from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
 from .checksums import fingerprint, fingerprint_of
-from .class_outcomes import class_outcomes
 from .compression_args import CompressionArguments, CompressionPlan
 from .conversion import check_same_shape, convert_config, convert_from_stock
 from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
@@ -49,6 +48,8 @@ from .efficiency import (
 )
 from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
+from .exit_replay import ExitReplay
+from .group_outcomes import class_outcomes
 from .hub import push_folder
 from .importance import compute_importance
 from .metrics import check_metric, default_metric
@@ -570,8 +571,7 @@ class Compression:
         result = CompressionResult(Path(self.arguments.output_dir), plan, rows, self.metric)
         slim.save_pretrained(result.model_path)
         self.tokenizer.save_pretrained(result.model_path)
-        labels = torch.from_numpy(records["slim model"].known_labels())
-        outcomes = class_outcomes(records["slim model"].logits, labels, settings, slim.config)
+        outcomes = class_outcomes(ExitReplay(records["slim model"], slim.config), settings)
         facts = {
             "widths": describe_widths(Widths.of(slim.config)),
             "exit_config": settings.to_dict(),

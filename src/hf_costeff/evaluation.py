@@ -257,9 +257,9 @@ def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, 
     model, records = contender.model, contender.records
     if isinstance(model, CostEffForSequenceClassification):
         exits = ExitReplay(records, model.config).at(contender.settings)
-        spent = torch.tensor(cumulative_flops(model.config, PAPER_SEQ_LENGTH, exits.checked_exits)).double()
+        spent = torch.tensor(cumulative_flops(model.config, PAPER_SEQ_LENGTH, exits.asked)).double()
         logits, flops, exit_layer = exits.logits, exits.mean_flops, exits.mean_exit_layer
-        flops_at_128 = float(spent[exits.exit_layers - 1].mean())
+        flops_at_128 = float(spent[exits.exit_layer - 1].mean())
         shares = exits.exit_shares
     else:
         logits, exit_layer, shares = records.logits[:, 0], float(model.config.num_hidden_layers), [1.0]

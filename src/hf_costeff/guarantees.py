@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta, binom
+from scipy.stats import binom
 
 FITTING_SHARE = 3  # one row in so many fits temperatures and the path; the others test it
 MOST_ROWS = 1_000_000
@@ -96,17 +96,6 @@ def last_safe(flips: Iterable[int], rows: int, epsilon: float, delta: float) -> 
     return found
 
 
-def upper_bound(flips: int, rows: int, delta: float) -> float:
-    """Clopper-Pearson's upper bound of a rate: above it with probability at most `delta`.
-
-    Example: no flip in n rows gives 1 - delta ** (1 / n).
-
-        >>> round(upper_bound(0, 100, 0.1), 6) == round(1 - 0.1**0.01, 6)
-        True
-    """
-    return 1.0 if flips >= rows else float(beta.ppf(1 - delta, flips + 1, rows - flips))
-
-
 def zero_loss_rows(epsilon: float, delta: float) -> int:
     """Fewest rows to test on that can prove anything, when none of them loses: ln(delta) / ln(1 - epsilon).
 
@@ -159,7 +148,7 @@ def describe_promise(promise: Mapping[str, Any]) -> str:
         promise: What `calibration` holds of an [`ExitConfig`] under `"promise"`.
 
     Example:
-        >>> numbers = {"epsilon": 0.01, "delta": 0.1, "rows": 800, "flips": 2, "upper_bound": 0.0066}
+        >>> numbers = {"epsilon": 0.01, "delta": 0.1, "rows": 800, "flips": 2}
         >>> print(describe_promise({"loss": "max_disagreement", **numbers}))
         Promised for new rows of the same kind, with probability 0.9: for at most 1.00% of them the early answer differs
         from that of full depth. It was tested on 800 rows, of which 2 lost.

@@ -1,7 +1,8 @@
 """Task metrics on plain arrays: GLUE's usual numbers per problem type, and a paired bootstrap between two models.
 
-Computed with scikit-learn and scipy, because `evaluate.load` needs the network. Every metric is finite for every
-input: a correlation with a constant side, which mathematics leaves undefined, is 0.0 here (no association shown).
+Computed here and with scipy, because `evaluate.load` needs the network, and a search over exit thresholds asks for them
+thousands of times. Every metric is finite for every input: a correlation with a constant side, which mathematics leaves
+undefined, is 0.0 here (no association shown).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
-from sklearn import metrics as sk_metrics
 
 from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
@@ -43,22 +43,32 @@ def f1(logits: np.ndarray, labels: np.ndarray) -> float:
     >>> f1(np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), np.array([1, 0, 0])) == 2 / 3
     True
     """
-    average = "binary" if logits.shape[-1] == 2 else "macro"
-    return float(sk_metrics.f1_score(labels, np.argmax(logits, axis=-1), average=average, zero_division=0.0))
+    confusion = _confusion(logits, labels)
+    seen = confusion.sum(0) + confusion.sum(1)
+    counted = np.arange(len(seen)) == 1 if len(seen) == 2 else seen > 0
+    return float(np.mean(2 * confusion.diagonal()[counted] / np.maximum(seen[counted], 1)))
 
 
 def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
     """Matthews correlation of predicted and true classes, in [-1, 1] (GLUE's metric for CoLA).
 
-    0.0 when predictions or labels are constant.
+    0.0 when predictions or labels are constant. For more than two classes the R_K statistic (Gorodkin 2004).
 
     Args:
         logits: Shape (rows, labels).
         labels: Class indices, shape (rows,).
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "a single label was found": answered by 0.0
-        return float(sk_metrics.matthews_corrcoef(labels, np.argmax(logits, axis=-1)))
+    confusion = _confusion(logits, labels).astype(float)
+    predicted, true, rows = confusion.sum(0), confusion.sum(1), confusion.sum()
+    spread = (rows**2 - predicted @ predicted) * (rows**2 - true @ true)
+    return float((np.trace(confusion) * rows - predicted @ true) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def _confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Rows by true and by predicted class, shape (labels, labels)."""
+    classes = logits.shape[-1]
+    pairs = np.asarray(labels, dtype=np.int64) * classes + np.argmax(logits, axis=-1)
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def multi_label_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -11,11 +11,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration import describe_seen
-from .class_outcomes import ClassOutcome
 from .configuration_costeff import CostEffConfig
 from .efficiency import PAPER_SEQ_LENGTH, cumulative_flops
 from .evaluation import TIMED_BATCHES, ReportRow, format_table
 from .exit_criteria import REGRESSION
+from .group_outcomes import GroupOutcome
 from .guarantees import describe_promise
 from .hub import CARD, MARKER, TAGS, is_written_by_hand, plain_card, read_json
 from .markdown import markdown_table, quoted
@@ -138,11 +138,11 @@ class CompressionCard:
         return f" of {' '.join(filter(None, (source, settings.get('dataset_config'))))}" if source else ""
 
     @property
-    def classes(self) -> list[ClassOutcome]:
+    def classes(self) -> list[GroupOutcome]:
         """What early exit does to each class, the class that loses most first; empty where nobody looked."""
         if len(self.rows) < len(self.report["rows"]):  # measured with other exit settings
             return []
-        return [ClassOutcome(**outcome) for outcome in self.report.get("classes") or []]
+        return [GroupOutcome(**outcome) for outcome in self.report.get("classes") or []]
 
     def class_table(self) -> str:
         """A line per class, at most `SHOWN_CLASSES`."""

@@ -133,7 +133,7 @@ class ExitMonitor:
         chances = probabilities(exits.scaled_logits(settings), config.resolved_problem_type)
         confidence = answer_confidence(chances, config.resolved_problem_type)
         return cls(
-            *(exits.exit_layers, confidence),
+            *(exits.exit_layer, confidence),
             depth=config.num_hidden_layers,
             false_alarm_rate=false_alarm_rate,
             seed=seed,
