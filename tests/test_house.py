@@ -28,7 +28,7 @@ TIERS = {
     "guarantees metrics group_outcomes exit_quality monitoring",
     2: "markdown training_args trainer checkpoints checksums data columns evaluation recipes distillation "
     "compression_args stages compression report exit_report charts prediction difficulty model_card onnx_runner "
-    "export benchmarking benchmark_report",
+    "export benchmarking benchmark_report exit_times",
     3: "commands cli",
 }
 TIER = {name: tier for tier, names in TIERS.items() for name in names.split()}

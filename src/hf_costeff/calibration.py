@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, repeat
+from itertools import chain, islice, pairwise, repeat
 from operator import itemgetter
 from typing import Any
 
@@ -213,7 +213,8 @@ def exit_curve(records: ExitLogits, config: CostEffConfig, metric: str) -> list[
         metric: See `hf_costeff.metrics.METRICS`.
     """
     replay = ExitReplay(records, config)
-    return [replay.outcome(settings, metric) for settings, _ in replay.distinct(curve_settings(records, config))]
+    parts = replay.distinct(curve_settings(records, config))
+    return [replay.outcome(settings, metric) for part in parts for settings in part]
 
 
 def curve_settings(records: ExitLogits, config: CostEffConfig) -> Sequence[ExitConfig]:
@@ -341,9 +342,15 @@ def choose_exit_config(
     """
     search = search or ExitSearch()
     goals = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
-    goal, limit = one_goal(dict(zip(GOALS, goals, strict=True)))
-    check_goal(goal, limit, metric, config.resolved_problem_type, delta=delta if guarantee else None)
-    _check_times(exit_times, config, goal, reference_flops)
+    goal, limit = check_goal(
+        config,
+        metric,
+        guarantee=guarantee,
+        delta=delta,
+        reference_flops=reference_flops,
+        exit_times=exit_times,
+        **dict(zip(GOALS, goals, strict=True)),
+    )
     _check_records(records, config, goal, search)
     replay = ExitReplay(records, config)
     costs: Costs = replay.flops if exit_times is None else partial(exit_times.costs, config.exit_layers)
@@ -481,17 +488,16 @@ def _guaranteed(
     _, path = _within(
         fitting, search.paths(fitting, goal), lambda path: path.totals(known), epsilon * len(fitting), costs
     )
-    start, *steps = (settings for settings, _ in fitting.distinct(*path))
+    steps = fitting.distinct(*path)
     losses = testing.losses(goal)
-    flips = [int(lost) for piece in testing.along(steps) for lost in piece.totals(losses)] if steps else []
-    safe = last_safe(flips, tests, epsilon, delta)
+    lost = np.concatenate([piece.totals(losses) for piece in testing.along(*steps)]).astype(int).tolist()
+    safe = last_safe(lost[1:], tests, epsilon, delta)  # the first lets nobody leave
     if safe is None:
-        why = _why_not(flips[0] if flips else None, tests, epsilon, delta)
-        return start, {"no_promise": f"Cannot promise {wanted}: {why}"}
-    position, lost = safe
-    return steps[position], {
-        "promise": {"loss": goal, "epsilon": epsilon, "delta": delta, "rows": tests, "flips": lost}
-    }
+        why = _why_not(lost[1] if len(lost) > 1 else None, tests, epsilon, delta)
+        return steps[0][0], {"no_promise": f"Cannot promise {wanted}: {why}"}
+    position, flips = safe
+    promise = {"loss": goal, "epsilon": epsilon, "delta": delta, "rows": tests, "flips": flips}
+    return next(islice(chain.from_iterable(steps), position + 1, None)), {"promise": promise}
 
 
 def _why_not(flips: int | None, rows: int, epsilon: float, delta: float) -> str:
@@ -546,6 +552,38 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
     return said
 
 
+def check_goal(
+    config: CostEffConfig,
+    metric: str,
+    *,
+    guarantee: bool = False,
+    delta: float = 0.1,
+    reference_flops: float | None = None,
+    exit_times: ExitTimes | None = None,
+    **goals: float | None,
+) -> tuple[str, float]:
+    """Name and value of the only goal that is given, if this model, metric and clock could serve it on some rows.
+
+    Args:
+        config: The model's.
+        metric: As in [`choose_exit_config`], as all others.
+        guarantee: Whether a promise is asked for.
+        delta: Largest chance of a broken one.
+        reference_flops: What a speed-up is measured against.
+        exit_times: What exits take.
+        **goals: One of `GOALS`; the others `None`.
+
+    Raises:
+        ValueError: No goal or several, one out of range, or one that cannot be served.
+    """
+    goal, limit = one_goal(goals)
+    _check_served(goal, limit, metric, config.resolved_problem_type)
+    _check_times(exit_times, config, goal, reference_flops)
+    if guarantee:
+        _check_guarantee(goal, limit, delta)
+    return goal, limit
+
+
 def one_goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
     """Name and value of the only goal that is given.
 
@@ -565,19 +603,7 @@ def one_goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
     return name, value
 
 
-def check_goal(goal: str, limit: float, metric: str, problem_type: str, *, delta: float | None = None) -> None:
-    """Refuse what no rows could serve, so that the model need not run to find out.
-
-    Args:
-        goal: One of `GOALS`.
-        limit: Its value.
-        metric: See `hf_costeff.metrics.METRICS`.
-        problem_type: As upstream's `config.problem_type`.
-        delta: Largest chance of a broken promise; `None` if none is asked for.
-
-    Raises:
-        ValueError: A goal that the problem type or the metric does not have, or a promise that cannot be made for it.
-    """
+def _check_served(goal: str, limit: float, metric: str, problem_type: str) -> None:
     if problem_type == REGRESSION and goal in GUARANTEED:
         raise ValueError(
             f"`{goal}` is {limit:g}, and this is a regression model, whose answers are numbers that are neither right "
@@ -589,8 +615,9 @@ def check_goal(goal: str, limit: float, metric: str, problem_type: str, *, delta
             f"`max_accuracy_drop` is {limit:g}, and the metric is {metric!r}. Use `max_metric_drop` for this "
             "metric, or leave the metric out."
         )
-    if delta is None:
-        return
+
+
+def _check_guarantee(goal: str, limit: float, delta: float) -> None:
     if goal not in GUARANTEED:
         raise ValueError(
             f"A guarantee is asked for `{goal}`, and there is none: the loss of each row must be 0 or 1. Use "

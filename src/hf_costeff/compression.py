@@ -46,7 +46,7 @@ from .efficiency import (
     parameter_count,
     stock_flops,
 )
-from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
+from .evaluation import Contender, calibrate, collect_exit_logits, report_rows, row_keys
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
 from .exit_replay import ExitReplay
 from .group_outcomes import class_outcomes
@@ -215,6 +215,8 @@ class Compression:
         )
         stages = list(self._stages(plan.widths, loaded_teacher))
         self.store = StageStore(self.arguments.output_dir, self._settings())
+        self.train_keys = row_keys(self.data.train, ["input_ids"])
+        self.store.keep_train_keys(self.train_keys)
         if finished := [stage.name for stage in stages if self.store.is_finished(stage.name)]:
             logger.warning(f"Going on in {self.arguments.output_dir}; done before: {', '.join(finished)}.")
         for stage in (bar := tqdm(stages, desc="Stages")):
@@ -547,6 +549,7 @@ class Compression:
             target_speedup=self.arguments.target_speedup,
             reference_flops=float(np.mean([stock_flops(self.teacher_config, length) for length in lengths])),
             fit_temperatures=False,
+            trained_keys=self.train_keys,
         )
 
     def _report(

@@ -159,7 +159,8 @@ def curve_with_bands(replay: ExitReplay, path: Sequence[ExitConfig], metric: str
         metric: See `hf_costeff.metrics.METRICS`.
         seed: Of the resampling.
     """
-    distinct = sorted((exits for _, exits in replay.distinct(path)), key=lambda exits: exits.mean_flops)
+    distinct = [replay.at(settings) for part in replay.distinct(path) for settings in part]
+    distinct.sort(key=lambda exits: exits.mean_flops)
     shown = [distinct[i] for i in np.unique(np.linspace(0, len(distinct) - 1, CURVE_POINTS).round().astype(int))]
     function, labels = METRICS[replay.problem_type][metric], replay.records.known_labels()
     generator = np.random.default_rng(seed)

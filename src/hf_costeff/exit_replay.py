@@ -287,15 +287,21 @@ class ExitReplay:
         """
         return [piece for part in parts for piece in self._pieces(part)]
 
-    def distinct(self, *parts: Sequence[ExitConfig]) -> Iterator[tuple[ExitConfig, ReplayedExits]]:
-        """The settings that treat these rows otherwise than the ones before, and where each row leaves under them."""
+    def distinct(self, *parts: Sequence[ExitConfig]) -> list[Sequence[ExitConfig]]:
+        """The settings that treat these rows otherwise than the ones before, in parts."""
+        found: list[Sequence[ExitConfig]] = []
         before: Tensor | None = None
         for piece in self.along(*parts):
-            for position in piece.changes.tolist():
-                exits = piece.at(position)
-                if before is None or not before.equal(exits.exit_index):
-                    before = exits.exit_index
-                    yield piece.settings[position], exits
+            positions = piece.changes.tolist()
+            if before is not None and before.equal(piece.at(0).exit_index):
+                positions = positions[1:]
+            before = piece.at(len(piece.settings) - 1).exit_index
+            own = piece.settings
+            if isinstance(own, ThresholdPath):
+                found.append(ThresholdPath(own.settings, [own.thresholds[position] for position in positions]))
+            else:
+                found.append([own[position] for position in positions])
+        return [part for part in found if len(part)]
 
     def _pieces(self, path: Sequence[ExitConfig]) -> Iterator[ReplayedPath]:
         layers, first = self.config.exit_layers, path[0]

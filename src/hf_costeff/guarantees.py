@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def p_value(flips: int, rows: int, epsilon: float) -> float:
     return float(binom.cdf(flips, rows, epsilon))
 
 
-def last_safe(flips: Iterable[int], rows: int, epsilon: float, delta: float) -> tuple[int, int] | None:
+def last_safe(flips: Sequence[int], rows: int, epsilon: float, delta: float) -> tuple[int, int] | None:
     """The boldest setting on a path whose loss rate is proved to be at most `epsilon`.
 
     Settings are tested in the given order, each at level `delta`, until the first that is not proved. With
@@ -75,7 +75,7 @@ def last_safe(flips: Iterable[int], rows: int, epsilon: float, delta: float) -> 
     path was laid without a look at these rows.
 
     Args:
-        flips: Rows that lost under each setting, careful to bold; read no further than needed.
+        flips: Rows that lost under each setting, careful to bold.
         rows: Rows each was tested on.
         epsilon: Largest rate, a fraction above 0 and below 1.
         delta: Largest chance of a broken promise, above 0 and below 1.
@@ -88,12 +88,9 @@ def last_safe(flips: Iterable[int], rows: int, epsilon: float, delta: float) -> 
         >>> last_safe([0, 1, 2, 0], 400, 0.01, 0.1)
         (1, 1)
     """
-    found = None
-    for position, count in enumerate(flips):
-        if p_value(count, rows, epsilon) > delta:
-            break
-        found = (position, count)
-    return found
+    unproved = np.flatnonzero(binom.cdf(flips, rows, epsilon) > delta)
+    proved = int(unproved[0]) if len(unproved) else len(flips)
+    return (proved - 1, flips[proved - 1]) if proved else None
 
 
 def zero_loss_rows(epsilon: float, delta: float) -> int:

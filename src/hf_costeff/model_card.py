@@ -60,7 +60,12 @@ class CompressionCard:
     def rows(self) -> list[ReportRow]:
         """The measured lines that still hold: early exit only under the settings that the model has now."""
         rows = [ReportRow(**row) for row in self.report["rows"]]
-        return rows if self.report["exit_config"] == self.config.exit_config else rows[:-1]
+        return rows if self.report["exit_config"] in (None, self.config.exit_config) else rows[:-1]
+
+    @property
+    def early_exit_holds(self) -> bool:
+        """Whether the last line is early exit under the settings that the model has now."""
+        return self.report["exit_config"] is not None and self.report["exit_config"] == self.config.exit_config
 
     def render(self) -> ModelCard:
         """The card, metadata and text."""
@@ -192,7 +197,7 @@ class CompressionCard:
         scores = [score for score in self.exit_metrics() if score is not None]
         if len(scores) == len(self.config.exit_layers):
             columns[f"{self.report['metric']} if all leave here"] = [f"{score:.4f}" for score in scores]
-        if len(self.rows) == len(self.report["rows"]):
+        if self.early_exit_holds:
             columns["share of rows"] = [f"{share:.1%}" for share in self.rows[-1].exit_shares]
         return markdown_table(list(columns), list(zip(*columns.values(), strict=True)))
 
@@ -201,7 +206,7 @@ class CompressionCard:
         notes = ["FLOPs are those of a text that leaves there, exits on the way included."]
         if None not in self.exit_metrics():
             notes.append(f"The {self.report['metric']} is on the rows held out for choosing settings.")
-        if len(self.rows) == len(self.report["rows"]):
+        if self.early_exit_holds:
             notes.append("Shares are on the validation rows.")
         else:
             notes.append("The exit settings were replaced after these measurements, so shares are not told.")
