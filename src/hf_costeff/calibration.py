@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, pairwise, repeat
+from itertools import pairwise, repeat
 from operator import itemgetter
 from typing import Any
 
@@ -497,7 +497,8 @@ def _guaranteed(
         return steps[0][0], {"no_promise": f"Cannot promise {wanted}: {why}"}
     position, flips = safe
     promise = {"loss": goal, "epsilon": epsilon, "delta": delta, "rows": tests, "flips": flips}
-    return next(islice(chain.from_iterable(steps), position + 1, None)), {"promise": promise}
+    part, own = [(part, own) for part in steps for own in range(len(part))][position + 1]
+    return part[own], {"promise": promise}
 
 
 def _why_not(flips: int | None, rows: int, epsilon: float, delta: float) -> str:
