@@ -1,9 +1,9 @@
 """How often promises and plain sweeps break, on samples drawn from a pool whose loss is known.
 
-    python benchmarks/guarantees.py --model runs/sst2-fast-42 --data DIR [--rows 1000 500] [--logits sst2.pt]
+    python benchmarks/guarantees.py --model runs/sst2-fast-42 --data DIR [--rows 1000 500] [--logits DIR]
 
 `--model` is a folder that `real_run.py` made. The pool is its validation and its calibration rows, which no stage
-trained on; `--logits` keeps their exit logits (written once, then read). Each sample is drawn from the pool with
+trained on; `--logits` is a folder that keeps their exit logits. Each sample is drawn from the pool with
 replacement. A choice is broken if its loss on the whole pool is above epsilon: the share of rows that full depth has
 right and early exit wrong, or that differ; beside it, the net drop in accuracy. The result goes to
 benchmarks/results/guarantees-<task>.json as it comes; a run that was stopped goes on where it was.
@@ -12,7 +12,6 @@ benchmarks/results/guarantees-<task>.json as it comes; a run that was stopped go
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import time
@@ -20,14 +19,11 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from cached_logits import joined, load_logits
 from hf_costeff import CostEffConfig
 from hf_costeff.calibration import ExitSearch, choose_exit_config
-from hf_costeff.data import DataArguments, make_collator, prepare_data
-from hf_costeff.evaluation import collect_exit_logits, row_keys
 from hf_costeff.exit_replay import ExitLogits, ExitReplay
 
 EPSILONS = (0.005, 0.01, 0.02)
@@ -39,19 +35,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--logits", help="File of the pool's exit logits.")
+    parser.add_argument("--logits", help="Folder that keeps exit logits.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 500], help="Rows of each sample.")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--criterion")
     parser.add_argument("--per_exit", action="store_true")
     given = parser.parse_args()
-    model = AutoModelForSequenceClassification.from_pretrained(given.model)
-    pool = load_pool(given.model, given.data, given.logits)
+    config = CostEffConfig.from_pretrained(given.model)
+    pool = joined(load_logits(given.model, given.data, given.logits))
     search = ExitSearch(given.criterion, given.per_exit)
     about = {
         "model": Path(given.model).name,
         "pool_rows": len(pool.logits),
-        "pool_accuracy": ExitReplay(pool, model.config).full_depth.metric("accuracy"),
+        "pool_accuracy": ExitReplay(pool, config).full_depth.metric("accuracy"),
         "samples": given.samples,
         "delta": DELTA,
         "allowed_share_broken": DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / given.samples),
@@ -67,31 +63,9 @@ def main() -> None:
         asked = {"rows": rows, "goal": goal, "epsilon": epsilon, "guarantee": guarantee}
         if asked in done:
             continue
-        runs.append(asked | repeat(pool, model.config, search, **asked, samples=given.samples))
+        runs.append(asked | repeat(pool, config, search, **asked, samples=given.samples))
         output.write_text(json.dumps({**about, "runs": runs}, indent=1))
         print(json.dumps(runs[-1]), flush=True)
-
-
-def load_pool(model_path: str, data: str, logits: str | None) -> ExitLogits:
-    """The logits of validation and calibration rows, from the file if it is there."""
-    file = Path(logits) if logits else None
-    if file is not None and file.exists():
-        return ExitLogits(**torch.load(file))
-    model = AutoModelForSequenceClassification.from_pretrained(model_path)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    settings = json.loads((Path(model_path) / "efficiency.json").read_text())["settings"]
-    names = {field.name for field in dataclasses.fields(DataArguments)}
-    arguments = DataArguments(**{name: settings[name] for name in names & set(settings)} | {"dataset": data})
-    prepared = prepare_data(arguments, tokenizer, teacher_config=model.config, max_positions=model.config.longest_text)
-    parts, keys = [], []
-    for rows in (prepared.validation, prepared.calibration):
-        parts.append(collect_exit_logits(model, rows, make_collator(tokenizer)))
-        keys += row_keys(rows)
-    joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "seq_lengths", "labels"))
-    pool = ExitLogits(*joined, keys)
-    if file is not None:
-        torch.save(vars(pool), file)
-    return pool
 
 
 def repeat(
