@@ -112,7 +112,6 @@ def draw(found: dict) -> None:
         axes.set_ylabel("accuracy")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.tight_layout()
     figure.savefig(RESULTS / "exit-curves.png", dpi=120)
 
 

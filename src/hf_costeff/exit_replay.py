@@ -18,9 +18,18 @@ from torch import Tensor
 
 from .configuration_costeff import CostEffConfig
 from .efficiency import cumulative_flops, exit_head_flops
-from .exit_criteria import MULTI_LABEL, ExitConfig, ThresholdCriterion, answers, same_answers, simulate_exits, spread
+from .exit_criteria import (
+    MULTI_LABEL,
+    SINGLE_LABEL,
+    ExitConfig,
+    ThresholdCriterion,
+    answers,
+    same_answers,
+    simulate_exits,
+    spread,
+)
 from .exiting_rows import ExitPlan
-from .metrics import METRICS
+from .metrics import CONFUSION_METRICS, METRICS, confusion_matrix
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ class ReplayedExits:
     @cached_property
     def mean_exit_layer(self) -> float:
         """Mean 1-based layer at which rows leave."""
-        return float(self.exit_layer.float().mean())
+        return float(self.exit_layer.double().mean())
 
     @cached_property
     def exit_shares(self) -> list[float]:
@@ -211,7 +220,11 @@ class ReplayedExits:
 
     def metric(self, name: str) -> float:
         """A metric of the problem type over the answers, see `hf_costeff.metrics.METRICS`."""
-        return METRICS[self.replay.problem_type][name](self.logits.numpy(), self.replay.records.known_labels())
+        labels = self.replay.records.known_labels()
+        if self.replay.problem_type == SINGLE_LABEL and name in CONFUSION_METRICS:
+            answered = self.replay.answers[torch.arange(len(self.exit_index)), self.exit_index].numpy()
+            return CONFUSION_METRICS[name](confusion_matrix(answered, labels, self.replay.records.logits.shape[-1]))
+        return METRICS[self.replay.problem_type][name](self.logits.numpy(), labels)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,11 @@ def f1(logits: np.ndarray, labels: np.ndarray) -> float:
     >>> f1(np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), np.array([1, 0, 0])) == 2 / 3
     True
     """
-    confusion = _confusion(logits, labels)
+    return f1_of(confusion_matrix(np.argmax(logits, axis=-1), labels, logits.shape[-1]))
+
+
+def f1_of(confusion: np.ndarray) -> float:
+    """[`f1`] from a [`confusion_matrix`]."""
     seen = confusion.sum(0) + confusion.sum(1)
     counted = np.arange(len(seen)) == 1 if len(seen) == 2 else seen > 0
     return float(np.mean(2 * confusion.diagonal()[counted] / np.maximum(seen[counted], 1)))
@@ -58,16 +62,28 @@ def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
         logits: Shape (rows, labels).
         labels: Class indices, shape (rows,).
     """
-    confusion = _confusion(logits, labels).astype(float)
-    predicted, true, rows = confusion.sum(0), confusion.sum(1), confusion.sum()
+    return matthews_of(confusion_matrix(np.argmax(logits, axis=-1), labels, logits.shape[-1]))
+
+
+def matthews_of(confusion: np.ndarray) -> float:
+    """[`matthews`] from a [`confusion_matrix`]."""
+    predicted, true, rows = (confusion.sum(axis).astype(float) for axis in (0, 1, None))
     spread = (rows**2 - predicted @ predicted) * (rows**2 - true @ true)
     return float((np.trace(confusion) * rows - predicted @ true) / np.sqrt(spread)) if spread > 0 else 0.0
 
 
-def _confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Rows by true and by predicted class, shape (labels, labels)."""
-    classes = logits.shape[-1]
-    pairs = np.asarray(labels, dtype=np.int64) * classes + np.argmax(logits, axis=-1)
+def confusion_matrix(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Rows by true and by answered class, shape (classes, classes).
+
+    Args:
+        answers: Class indices, shape (rows,).
+        labels: The true ones, shape (rows,).
+        classes: How many there are.
+
+    >>> confusion_matrix(np.array([0, 1, 1]), np.array([0, 0, 1]), 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    pairs = np.asarray(labels, dtype=np.int64) * classes + answers
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
@@ -131,6 +147,9 @@ METRICS: dict[str, dict[str, MetricFunction]] = {
     REGRESSION: {"spearman": spearman, "pearson": pearson, "mse": mse},
 }
 """Problem type -> metric name -> function of logits (rows, labels) and labels. The first name is the default."""
+
+CONFUSION_METRICS: dict[str, Callable[[np.ndarray], float]] = {"f1": f1_of, "matthews": matthews_of}
+"""Those of single-label problems that a search computes from a [`confusion_matrix`], without going back to logits."""
 
 LOWER_IS_BETTER = frozenset({"mse"})
 """Names of the metrics of which less is better; of all others more is better."""
