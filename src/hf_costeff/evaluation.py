@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .calibration import ExitSearch, check_goal, choose_exit_config
+from .calibration import GOALS, ExitSearch, check_goal, choose_exit_config
 from .checksums import fingerprint
 from .efficiency import (
     PAPER_SEQ_LENGTH,
@@ -143,20 +143,13 @@ def calibrate(
     """
     if not isinstance(model, CostEffForSequenceClassification):
         raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
-    goals: dict[str, Any] = {
-        "max_accuracy_drop": max_accuracy_drop,
-        "max_metric_drop": max_metric_drop,
-        "max_disagreement": max_disagreement,
-        "target_speedup": target_speedup,
-        "max_latency_ms": max_latency_ms,
-    }
+    values = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
+    goals: dict[str, Any] = dict(zip(GOALS, values, strict=True))
     goals |= {"reference_flops": reference_flops, "exit_times": exit_times, "guarantee": guarantee, "delta": delta}
     accuracy = "accuracy" if max_accuracy_drop is not None else None
     metric = metric or accuracy or default_metric(model.config.resolved_problem_type)
     check_goal(model.config, metric, **goals)  # before the model runs over all rows
-    if trained_keys is None and model.name_or_path:  # as a path an empty name would be the working directory
-        trained_keys = train_keys(model.name_or_path)
-    _warn_of_trained_rows(dataset, trained_keys)
+    _warn_of_trained_rows(model, dataset, trained_keys)
     stored = model.config.exit_config or {}
     if checked_exits is None and not stored.get("calibration"):
         checked_exits = stored.get("checked_exits")
@@ -183,7 +176,9 @@ def row_keys(dataset: Dataset, columns: Sequence[str] = ("input_ids", "labels"))
     return [int(fingerprint(map(str, row)), 16) for row in zip(*values, strict=True)]
 
 
-def _warn_of_trained_rows(dataset: Dataset, trained_keys: Collection[int] | None) -> None:
+def _warn_of_trained_rows(model: PreTrainedModel, dataset: Dataset, trained_keys: Collection[int] | None) -> None:
+    if trained_keys is None and model.name_or_path:  # as a path an empty name would be the working directory
+        trained_keys = train_keys(model.name_or_path)
     trained = set(trained_keys or ())
     shared = sum(key in trained for key in row_keys(dataset, ["input_ids"])) if trained else 0
     if shared:
