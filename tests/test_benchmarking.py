@@ -261,7 +261,7 @@ def test_the_command_prints_the_table_and_stores_the_exits(folders, tmp_path, ca
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "Give --teacher, or --choose_exits"), (["--choose_exits", "--threads", "0"], "`threads`")],
+    [([], "Give --teacher, or --choose_exits"), (["--choose_exits", "--threads", "0"], "`--threads`")],
 )
 def test_a_mistake_in_the_call_is_named(folders, capsys, words, message):
     assert main(["benchmark", *folders, *words]) == 1

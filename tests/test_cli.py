@@ -282,16 +282,16 @@ def test_calibrate_keeps_a_card_that_somebody_wrote(slim, files, tmp_path):
 
 def test_calibrate_asks_for_a_goal_before_it_looks_for_the_model(capsys):
     assert main(["calibrate", "--model", "nowhere"]) == 1
-    assert "Give exactly one of `max_accuracy_drop`" in capsys.readouterr().err
+    assert "Give exactly one of `--max_accuracy_drop`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ([], "Give exactly one"),
-        (["--max_latency_ms", "0"], "`max_latency_ms` is 0.0. It must be above 0"),
+        (["--max_latency_ms", "0"], "`--max_latency_ms` is 0.0. It must be above 0"),
         (["--max_latency_ms", "1e-9"], "A mean latency of 1e-09 ms cannot be reached"),
-        (["--max_latency_ms", "1", "--threads", "0"], "`threads` is 0. It must be at least 1"),
+        (["--max_latency_ms", "1", "--threads", "0"], "`--threads` is 0. It must be at least 1"),
         (["--max_latency_ms", "1", "--max_disagreement", "1"], "Give exactly one"),
         (["--max_metric_drop", "1", "--target_speedup", "2"], "Give exactly one"),
         (["--target_speedup", "500"], "A speed-up of 500 cannot be reached"),

@@ -342,7 +342,7 @@ class ExitReplay:
     def _since(self, limits: np.ndarray, rule: ThresholdCriterion, sign: int, asked: Sequence[int]) -> np.ndarray:
         """See [`ReplayedPath`]; `limits` of shape (settings, exits) let lower measures leave, both turned by `sign`."""
         measures = sign * self._measures(rule)
-        limits = np.where(limits >= sign * rule.everybody_leaves, np.inf, limits).astype(measures.dtype)
+        limits = np.where(limits >= sign * rule.everybody_leaves, np.inf, limits)
         since = np.full((len(self), limits.shape[1]), len(limits))
         since[:, -1] = 0
         for exit, layer in enumerate(self.config.exit_layers[:-1]):
@@ -356,7 +356,7 @@ class ExitReplay:
         if key not in self._measured:
             exits = range(len(self.config.exit_layers) - 1)
             found = [rule.measured(self.records.logits[:, exit], exit) for exit in exits]
-            self._measured[key] = torch.stack(found, 1).numpy() if found else np.empty((len(self), 0))
+            self._measured[key] = torch.stack(found, 1).double().numpy() if found else np.empty((len(self), 0))
         return self._measured[key]
 
     def __len__(self) -> int:
