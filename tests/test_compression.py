@@ -38,7 +38,7 @@ WIDE = {"num_labels": 2, "hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 LABELS = {"id2label": {0: "dull", 1: "bright"}, "label2id": {"dull": 0, "bright": 1}}
 
 
-def few_steps(rows: int, num_attention_heads: int) -> Recipe:
+def few_steps(rows: int, num_attention_heads: int, num_labels: int = 2) -> Recipe:
     """Every phase of a run, a few steps each."""
     return Recipe(
         name="fast",

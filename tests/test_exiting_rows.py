@@ -153,7 +153,14 @@ def test_an_exit_whose_threshold_lets_nobody_leave_is_no_stop(criterion, thresho
 
 def test_patience_stops_where_nobody_can_leave_yet_because_later_exits_look_back():
     settings = ExitConfig(criterion="patience", patience=2)
-    assert ExitPlan.make(settings, [1, 2, 3], "single_label_classification").stops == [1, 2, 3]
+    assert ExitPlan.make(settings, [1, 2, 3, 4], "single_label_classification").stops == [1, 2, 3, 4]
+    assert ExitPlan.make(settings, [1, 2, 3], "single_label_classification").stops == [3]  # two exits are too few
+
+
+def test_a_tolerance_of_nothing_is_never_kept_so_that_no_exit_is_asked():
+    for tolerance, stops in ((0.0, [3]), (1e-9, [1, 2, 3])):
+        settings = ExitConfig(criterion="patience", patience=1, tolerance=tolerance)
+        assert ExitPlan.make(settings, [1, 2, 3], "regression").stops == stops
 
 
 def test_a_checked_exit_that_does_not_exist_is_refused():

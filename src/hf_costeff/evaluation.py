@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +15,9 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from .calibration import ExitSearch, choose_exit_config
+from .calibration import GOALS, ExitSearch, check_goal, choose_exit_config
 from .checksums import fingerprint
 from .efficiency import (
     PAPER_SEQ_LENGTH,
@@ -26,12 +27,14 @@ from .efficiency import (
     stock_flops,
 )
 from .exit_criteria import ExitConfig
-from .exit_replay import ExitLogits, ExitReplay
+from .exit_replay import ExitLogits, ExitReplay, ExitTimes
 from .markdown import markdown_table
 from .metrics import compute_metrics, default_metric
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, inference
 from .promises import weights_fingerprint
+from .stages import train_keys
 
+logger = logging.get_logger(__name__)
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
 TIMED_BATCHES = (32, 1)
 
@@ -91,13 +94,16 @@ def calibrate(
     max_metric_drop: float | None = None,
     max_disagreement: float | None = None,
     target_speedup: float | None = None,
+    max_latency_ms: float | None = None,
     reference_flops: float | None = None,
+    exit_times: ExitTimes | None = None,
     guarantee: bool = False,
     delta: float = 0.1,
     criterion: str | None = None,
     per_exit: bool = False,
     fit_temperatures: bool = True,
     checked_exits: list[int] | None = None,
+    trained_keys: Collection[int] | None = None,
     show_progress: bool = True,
 ) -> ExitConfig:
     """Choose exit settings on held-out rows from one goal and store them in the model, for `predict(early_exit=True)`.
@@ -112,8 +118,11 @@ def calibrate(
         max_metric_drop: Goal: points that the metric may lose against full depth. Has no guarantee.
         max_disagreement: Goal: share of the rows, in points, that may answer otherwise than full depth. Needs no
             labels.
-        target_speedup: Goal: the FLOPs ratio to reach. Has no guarantee.
+        target_speedup: Goal: the ratio of FLOPs to reach, or with `exit_times` of time. Has no guarantee.
+        max_latency_ms: Goal: milliseconds per text, on average. Needs `exit_times`; has no guarantee.
         reference_flops: What the speed-up is measured against, FLOPs per row; `None`: this model at full depth.
+        exit_times: What the exits take on the machine that will serve, from
+            [`hf_costeff.exit_times.measure_exit_times`]. `None`: FLOPs count.
         guarantee: Whether the loss must keep to the goal on new rows of the same distribution, with probability
             1 - `delta` over the sample. The promise names the weights; if none can be made, nobody leaves early.
         delta: Largest chance of a broken promise, above 0 and below 1.
@@ -122,6 +131,8 @@ def calibrate(
         fit_temperatures: Whether each exit's temperature is fitted first; otherwise they are 1.
         checked_exits: Layers whose exit may be asked, as in [`ExitConfig`]. `None`: those of stored settings that were
             chosen by time and not by a calibration (`hf-costeff benchmark --choose_exits`); without, chosen here too.
+        trained_keys: [`row_keys`] of the `input_ids` that the model was trained on; there is a warning if some of the
+            rows are among them. `None`: what a compression run wrote down in the folder the model was loaded from.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -132,6 +143,13 @@ def calibrate(
     """
     if not isinstance(model, CostEffForSequenceClassification):
         raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
+    values = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
+    goals: dict[str, Any] = dict(zip(GOALS, values, strict=True))
+    goals |= {"reference_flops": reference_flops, "exit_times": exit_times, "guarantee": guarantee, "delta": delta}
+    accuracy = "accuracy" if max_accuracy_drop is not None else None
+    metric = metric or accuracy or default_metric(model.config.resolved_problem_type)
+    check_goal(model.config, metric, **goals)  # before the model runs over all rows
+    _warn_of_trained_rows(model, dataset, trained_keys)
     stored = model.config.exit_config or {}
     if checked_exits is None and not stored.get("calibration"):
         checked_exits = stored.get("checked_exits")
@@ -139,20 +157,7 @@ def calibrate(
     records = collect_exit_logits(model, dataset, collator, description="Calibrating", show_progress=show_progress)
     if guarantee:
         records = dataclasses.replace(records, row_keys=row_keys(dataset))
-    accuracy = "accuracy" if max_accuracy_drop is not None else None
-    settings = choose_exit_config(
-        records,
-        model.config,
-        metric or accuracy or default_metric(model.config.resolved_problem_type),
-        max_accuracy_drop=max_accuracy_drop,
-        max_metric_drop=max_metric_drop,
-        max_disagreement=max_disagreement,
-        target_speedup=target_speedup,
-        reference_flops=reference_flops,
-        search=search,
-        guarantee=guarantee,
-        delta=delta,
-    )
+    settings = choose_exit_config(records, model.config, metric, search=search, **goals)
     promise = (settings.calibration or {}).get("promise")
     if promise is not None:
         promise["fingerprint"] = weights_fingerprint(model.costeff)
@@ -160,10 +165,28 @@ def calibrate(
     return settings
 
 
-def row_keys(dataset: Dataset) -> list[int]:
-    """A whole number made from the tokens and the label of each row; equal rows have equal ones."""
-    columns = [dataset[name] for name in ("input_ids", "labels") if name in dataset.column_names]
-    return [int(fingerprint(map(str, row)), 16) for row in zip(*columns, strict=True)]
+def row_keys(dataset: Dataset, columns: Sequence[str] = ("input_ids", "labels")) -> list[int]:
+    """A whole number made from the tokens and the label of each row; equal rows have equal ones.
+
+    Args:
+        dataset: Tokenized rows.
+        columns: What counts; one that is not there is left out.
+    """
+    values = [dataset[name] for name in columns if name in dataset.column_names]
+    return [int(fingerprint(map(str, row)), 16) for row in zip(*values, strict=True)]
+
+
+def _warn_of_trained_rows(model: PreTrainedModel, dataset: Dataset, trained_keys: Collection[int] | None) -> None:
+    if trained_keys is None and model.name_or_path:  # as a path an empty name would be the working directory
+        trained_keys = train_keys(model.name_or_path)
+    trained = set(trained_keys or ())
+    shared = sum(key in trained for key in row_keys(dataset, ["input_ids"])) if trained else 0
+    if shared:
+        logger.warning(
+            f"{shared:,} of {len(dataset):,} calibration rows have texts that the model was trained on. It is surer "
+            "and more often right there than on new ones, so what is chosen, seen and promised on them looks better "
+            "than it is. Give rows that no training saw."
+        )
 
 
 @dataclass(frozen=True)
@@ -257,9 +280,9 @@ def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, 
     model, records = contender.model, contender.records
     if isinstance(model, CostEffForSequenceClassification):
         exits = ExitReplay(records, model.config).at(contender.settings)
-        spent = torch.tensor(cumulative_flops(model.config, PAPER_SEQ_LENGTH, exits.checked_exits)).double()
+        spent = torch.tensor(cumulative_flops(model.config, PAPER_SEQ_LENGTH, exits.asked)).double()
         logits, flops, exit_layer = exits.logits, exits.mean_flops, exits.mean_exit_layer
-        flops_at_128 = float(spent[exits.exit_layers - 1].mean())
+        flops_at_128 = float(spent[exits.exit_layer - 1].mean())
         shares = exits.exit_shares
     else:
         logits, exit_layer, shares = records.logits[:, 0], float(model.config.num_hidden_layers), [1.0]

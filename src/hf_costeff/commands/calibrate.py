@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..calibration import describe_seen
+from ..calibration import GOALS, describe_seen, one_goal
 from ..data import SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from ..exit_criteria import CRITERIA, ExitConfig
+from ..exit_times import measure_exit_times
 from ..guarantees import describe_promise
-from .command import Command, load_slim, writable_folder
+from .command import Command, load_slim, save_settings, writable_folder
 
 
 @dataclass
@@ -32,8 +33,20 @@ class CalibrationArguments:
         metadata={"help": "Goal: share of the rows, in points, that may answer otherwise than full depth."},
     )
     target_speedup: float | None = field(
-        default=None, metadata={"help": "Goal: FLOPs ratio to this model's full depth."}
+        default=None, metadata={"help": "Goal: FLOPs ratio to this model's full depth; with --measured, time ratio."}
     )
+    max_latency_ms: float | None = field(
+        default=None, metadata={"help": "Goal: milliseconds per text on average, measured on this machine."}
+    )
+    measured: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure what each exit takes on this machine. --target_speedup counts time then, and within a "
+            "largest loss the fastest settings are taken."
+        },
+    )
+    batch_size: int = field(default=1, metadata={"help": "Texts that run together when times are measured."})
+    threads: int = field(default=1, metadata={"help": "CPU threads when times are measured."})
     metric: str | None = field(default=None, metadata={"help": "For --max_metric_drop. Default: by problem type."})
     guarantee: bool = field(
         default=False,
@@ -59,6 +72,8 @@ class CalibrationArguments:
 
 def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
     """Choose the exit settings, save them in the model, and say what was seen and promised."""
+    goals = {name: getattr(wanted, name) for name in GOALS}
+    one_goal(goals)
     folder = writable_folder(wanted.model, wanted.output_dir)
     model, tokenizer = load_slim(wanted.model)
     if len(model.config.exit_layers) == 1:
@@ -80,15 +95,16 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
         max_positions=model.config.longest_text,
         require_labels=wanted.max_disagreement is None,
     )
+    collator, times = make_collator(tokenizer), None
+    if wanted.measured or wanted.max_latency_ms is not None:
+        times = measure_exit_times(model, rows, collator, batch_size=wanted.batch_size, threads=wanted.threads)
     settings = calibrate(
         model,
         rows,
-        make_collator(tokenizer),
+        collator,
         metric=wanted.metric,
-        max_accuracy_drop=wanted.max_accuracy_drop,
-        max_metric_drop=wanted.max_metric_drop,
-        max_disagreement=wanted.max_disagreement,
-        target_speedup=wanted.target_speedup,
+        **goals,
+        exit_times=times,
         guarantee=wanted.guarantee,
         delta=wanted.delta,
         criterion=wanted.criterion,
@@ -96,11 +112,7 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
         fit_temperatures=wanted.fit_temperatures,
         checked_exits=wanted.checked_exits,
     )
-    if wanted.output_dir is None:  # only the settings change, so the weights are not written again
-        model.config.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    save_settings(model, tokenizer, wanted.model, folder)
     seen = settings.calibration or {}
     return (
         f"Saved in {folder}: {settings.criterion} criterion with {_limit(settings)}. {describe_seen(seen)}"
@@ -109,7 +121,7 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
 
 
 def _limit(settings: ExitConfig) -> str:
-    limits = {"limit": settings.threshold, "patience": settings.patience, "tolerance": settings.tolerance}
+    limits = {"threshold": settings.threshold, "patience": settings.patience, "tolerance": settings.tolerance}
     parts = [f"{name} {_numbers(value)}" for name, value in limits.items() if value is not None]
     if settings.checked_exits is not None:
         parts.append(f"exits checked after layers {', '.join(map(str, settings.checked_exits))}")
