@@ -15,12 +15,15 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
+
 from cached_logits import load_logits
 from hf_costeff import CostEffConfig, ExitConfig
 from hf_costeff.calibration import candidate_settings, fit_temperatures
 from hf_costeff.charts import new_figure
 from hf_costeff.exit_replay import ExitReplay
 
+SHOWN = 25
 LOSSES = (0.0, 0.5, 1.0, 2.0)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5)
 VARIANTS = {
@@ -67,7 +70,7 @@ def compare(path: str, data: str, logits: str | None) -> dict:
             for criterion in ("entropy", "entropy_nats")
         },
         "largest_entropy_in_nats": math.log(config.num_labels),
-        "curves": curves,
+        "curves": {name: thinned(points) for name, points in curves.items()},
     }
 
 
@@ -97,6 +100,12 @@ def fastest(curve: list[dict], full: float, points: float) -> dict:
             break
         kept = point
     return kept
+
+
+def thinned(points: list[dict]) -> list[dict]:
+    """At most `SHOWN` points, evenly spread, the ends among them; four digits of each figure."""
+    places = np.unique(np.linspace(0, len(points) - 1, SHOWN).round().astype(int))
+    return [{name: float(f"{value:.4g}") for name, value in points[place].items()} for place in places]
 
 
 def draw(found: dict) -> None:

@@ -103,6 +103,17 @@ def test_a_path_adds_up_to_what_each_of_its_settings_comes_to(seed, steps, crite
         assert total == pytest.approx(sum(values[row, exit] for row, exit in enumerate(exits.tolist())))
 
 
+@pytest.mark.parametrize("criterion", ["entropy", "margin"])
+def test_a_row_whose_measure_is_just_the_threshold_stays(criterion):
+    records = rows_of(3)
+    rule = ExitConfig(criterion, threshold=0.5).build_criterion(4, SINGLE)
+    limit = float(rule.measured(records.logits[7:8, 0], 0))
+    bolder = limit + 1e-7 if criterion == "entropy" else limit - 1e-7
+    replay = ExitReplay(records, tiny_config())
+    settings = [ExitConfig(criterion, threshold=at, checked_exits=[1]) for at in (limit, bolder)]
+    assert [int(replay.at(own).exit_index[7]) for own in settings] == [3, 0]
+
+
 def test_settings_that_treat_all_rows_as_the_ones_before_are_left_out():
     replay = ExitReplay(rows_of(0), tiny_config())
     path = [ExitConfig(threshold=limit) for limit in (0.0, 1e-9, 1e-8, 0.5, 0.5, 0.9)]
