@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from .importance import compute_saliency
 from .modeling_costeff import CostEffForSequenceClassification
+from .packed_linear import PACKABLE, require_unpacked
 from .promises import weights_fingerprint
 
-ENCODER = ("attention.query_key_value", "attention.output", "feed_forward.intermediate", "feed_forward.output")
 EMBEDDINGS = ("embeddings.word_embeddings", "embeddings.projection")
 
 
@@ -121,9 +121,13 @@ def block_matrices(model: CostEffForSequenceClassification, embeddings: bool = F
     Args:
         model: A multi-exit classifier.
         embeddings: Whether the word embedding and its projection are among them.
+
+    Raises:
+        ValueError: If the model is packed, so that its pruned blocks are gone.
     """
+    require_unpacked(model.config, "Pruning blocks")
     base = model.costeff
-    names = [f"layers.{layer}.{part}" for layer in range(len(base.layers)) for part in ENCODER]
+    names = [f"layers.{layer}.{part}" for layer in range(len(base.layers)) for part in PACKABLE]
     names += [name for name in EMBEDDINGS if embeddings and getattr(base.embeddings, name.split(".")[1]) is not None]
     found = {name: base.get_submodule(name).weight for name in names}
     return {name: weight for name, weight in found.items() if weight.numel()}  # type: ignore[misc]

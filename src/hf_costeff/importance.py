@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .modeling_costeff import CostEffForSequenceClassification
+from .packed_linear import require_unpacked
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ def compute_importance(
         Scores on the model's device, in single precision.
 
     Raises:
-        ValueError: If there is not a single batch.
+        ValueError: If there is not a single batch, or the model is packed.
     """
+    require_unpacked(model.config, "Scoring heads and neurons")
     layers: list[Any] = list(model.costeff.layers)
     scored: dict[str, nn.Parameter] = {
         name: parameter
