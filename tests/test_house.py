@@ -27,8 +27,8 @@ TIERS = {
     1: "augmentation conversion importance slenderization losses block_pruning packing efficiency calibration "
     "exit_replay guarantees metrics group_outcomes exit_quality monitoring",
     2: "markdown training_args block_training trainer checkpoints checksums mask_files data columns evaluation "
-    "recipes distillation compression_args stages compression report exit_report charts prediction difficulty "
-    "model_card onnx_runner export benchmarking benchmark_report exit_times",
+    "recipes distillation compression_args stages compression block_compression report exit_report charts "
+    "prediction difficulty model_card onnx_runner export benchmarking benchmark_report exit_times",
     3: "commands cli",
 }
 TIER = {name: tier for tier, names in TIERS.items() for name in names.split()}

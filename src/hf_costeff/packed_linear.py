@@ -265,6 +265,5 @@ def require_unpacked(config: Any, action: str) -> None:
     """
     if config.packed_layers:
         raise ValueError(
-            f"{action} needs full matrices, and this model is packed. Unpack it first: "
-            "hf_costeff.packing.unpack(model)."
+            f"{action} needs full matrices, and this model is packed. Unpack it first: hf_costeff.unpack(model)."
         )
