@@ -49,8 +49,12 @@ SHAPES = {
     **{f"rows of {width} columns": BlockShape(columns=width) for width in (8, 9, 10, 16, 32, 48, 96, 128, 192)},
     "columns of 96 rows": BlockShape(rows=96, columns=1),
     "squares of 32": BlockShape(rows=32, columns=32),
+    "balanced rows of 96 columns": BlockShape(columns=96, balanced=True),  # no neuron dies, so nothing but panels
 }
-FAST_SHAPES = ("rows of 32 columns", "rows of 96 columns", "rows of 192 columns", "columns of 96 rows", "squares of 32")
+FAST_SHAPES = (
+    *("rows of 32 columns", "rows of 96 columns", "rows of 192 columns"),
+    *("columns of 96 rows", "squares of 32", "balanced rows of 96 columns"),
+)
 
 
 def quality(given: argparse.Namespace) -> None:

@@ -156,17 +156,21 @@ def test_weights_are_refreshed_on_schedule(tmp_path, schedule, changes):
     assert [step for step in range(1, 6) if record.seen[step] != record.seen[step - 1]] == changes
 
 
-@pytest.mark.parametrize("proximal", [False, True])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, proximal):
-    def penalty():
-        return BlockPenalty(BLOCKS, 5.0, refresh_steps=3, proximal=proximal)
+REGULARIZERS = {
+    "gradient": lambda: BlockPenalty(BLOCKS, 5.0, refresh_steps=3),
+    "proximal": lambda: BlockPenalty(BLOCKS, 5.0, refresh_steps=3, proximal=True),
+    "masks": lambda: MaskedTraining(prune_blocks(fresh(), BLOCKS, ratio=0.6)),
+}
 
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS.values(), ids=REGULARIZERS)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, regularizer):
     whole, halved = fresh(), fresh()
     settings = {"lr_scheduler_type": "constant"}
-    train(whole, tmp_path / "whole", penalty(), steps=6, **settings)
-    train(halved, tmp_path / "halved", penalty(), steps=4, **settings)
+    train(whole, tmp_path / "whole", regularizer(), steps=6, **settings)
+    train(halved, tmp_path / "halved", regularizer(), steps=4, **settings)
     again = fresh()
-    trainer = train(again, tmp_path / "halved", penalty(), steps=6, resume=True, **settings)
+    trainer = train(again, tmp_path / "halved", regularizer(), steps=6, resume=True, **settings)
     assert trainer.state.global_step == 6
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
