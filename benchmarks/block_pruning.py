@@ -147,11 +147,11 @@ def stored_bytes(folder: Path, names: list[str]) -> int:
 
 
 def speed(given: argparse.Namespace) -> None:
-    """CPU time of the whole model: full matrices, and packed with each layer in its faster layout."""
+    """CPU time of the whole model: full matrices with zeros against panels; and of one layer in every layout."""
     torch.set_num_threads(1)
     model, output = load(given.model), RESULTS / "block-speed.json"
     rows = {"hardware": describe_hardware(torch.device("cpu")), **read(output)}
-    for text in FAST_SHAPES:
+    for text in given.shapes:
         for ratio in given.ratios:
             masks = prune_blocks(model, SHAPES[text], ratio=ratio)
             full, packed = zero_blocks(model, masks).eval(), pack(model, masks).eval()
@@ -249,6 +249,7 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=30.0)
     parser.add_argument("--epochs", type=float, default=4.0, help="Under the penalty, and again under the masks.")
     parser.add_argument("--learning_rate", type=float, default=5e-5)
+    parser.add_argument("--shapes", nargs="+", default=list(FAST_SHAPES), choices=SHAPES, help="For speed.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runs", default="runs")
     given = parser.parse_args()

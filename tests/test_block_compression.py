@@ -110,4 +110,4 @@ def test_the_command_prunes_and_says_what_came_of_it(folder, capsys):
     assert cli.main(["block-prune", str(folder / "stock"), *words, *files]) == 0
     assert "1.4" in capsys.readouterr().out
     assert cli.main(["block-prune", str(folder / "stock"), *words[:-1], "1", *files]) == 1
-    assert "`ratio` is 1.0" in capsys.readouterr().err
+    assert "ratio` is 1.0" in capsys.readouterr().err
