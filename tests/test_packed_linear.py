@@ -49,14 +49,15 @@ def filled(described, seed=0):
 
 
 @pytest.mark.parametrize("described", [COLUMN_SLABS, ROW_SLABS, SQUARES], ids=["columns", "rows", "squares"])
-@pytest.mark.parametrize("shape", [(3, 5, 10), (1, 10), (10,), (0, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 10), (3, 120, 10), (1, 10), (10,), (0, 10)], ids=str)
 def test_every_layout_answers_as_the_full_matrix(described, shape):
     layer, full = filled(described)
     inputs = torch.randn(shape)
     expected = functional.linear(inputs, full, layer.bias)
     torch.testing.assert_close(layer.dense(), full)
     layouts = layer.packing.layouts(12, 10)
-    assert layouts == (LAYOUTS if described is SQUARES else ("panels", "dense"))
+    expected_layouts = {"columns": ("panels", "tiles", "dense"), "rows": ("panels", "dense")}[described["along"]]
+    assert layouts == (LAYOUTS if described is SQUARES else expected_layouts)
     for layout in layouts:
         layer.set_layout(layout)
         for _ in range(2):  # the second call finds everything prepared
@@ -125,7 +126,7 @@ def test_an_index_outside_the_matrix_is_refused():
 def test_a_layout_that_a_matrix_cannot_have_is_refused():
     layer, _ = filled(COLUMN_SLABS)
     for layout in ("sparse_blocks", "fast"):
-        with pytest.raises(ValueError, match=f"{layout}.*panels, dense"):
+        with pytest.raises(ValueError, match=f"{layout}.*panels, tiles, dense"):
             layer.set_layout(layout)
 
 
@@ -137,6 +138,7 @@ HOSTILE = {
     "another layout": {**COLUMN_SLABS, "layout": "exec"},
     "blocks that do not divide": {**COLUMN_SLABS, "layout": "sparse_blocks"},
     "slabs beyond the matrix": {**COLUMN_SLABS, "slabs": [4, 4, 4]},
+    "tiles of row slabs": {**ROW_SLABS, "layout": "tiles"},
     "an empty slab": {**COLUMN_SLABS, "slabs": [10, 0, 0]},
     "slabs of text": {**COLUMN_SLABS, "slabs": ["4", 4, 2]},
     "a number as a list": {**COLUMN_SLABS, "kept": 15},

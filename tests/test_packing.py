@@ -200,11 +200,11 @@ def test_the_fastest_layout_is_chosen_and_kept(model, tmp_path, monkeypatch):
     masks = prune_blocks(model, BlockShape(rows=2, columns=2), ratio=0.5)
     packed = pack(model, masks)
     before = packed.predict(**BATCH)
-    order = iter(["panels", "dense", "sparse_blocks"] * 99)
+    order = iter(["panels", "tiles", "dense", "sparse_blocks"] * 99)
     monkeypatch.setattr("hf_costeff.packing.measure_alternating", fake_measurement(order))
     measured = choose_layouts(packed, batch_size=2, seq_length=4, repeats=1)
     chosen = {name: next(iter(times)) for name, times in measured.items()}
-    assert set(chosen.values()) == {"panels", "dense", "sparse_blocks"}
+    assert set(chosen.values()) == {"panels", "tiles", "dense", "sparse_blocks"}
     assert chosen == {name: value["layout"] for name, value in packed.config.packed_layers.items()}
     assert chosen == {name: layer.packing.layout for name, layer in packed_linears(packed.costeff)}
     packed.save_pretrained(tmp_path)

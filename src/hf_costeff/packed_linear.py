@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 COLUMNS, ROWS = "columns", "rows"
-PANELS, SPARSE_BLOCKS, DENSE = "panels", "sparse_blocks", "dense"
-LAYOUTS = (PANELS, SPARSE_BLOCKS, DENSE)
+PANELS, TILES, SPARSE_BLOCKS, DENSE = "panels", "tiles", "sparse_blocks", "dense"
+LAYOUTS = (PANELS, TILES, SPARSE_BLOCKS, DENSE)
+TILE = 256  # rows of an input whose results stay in the cache until they are transposed
 LARGEST_SHORT = torch.iinfo(torch.int16).max
 PACKABLE = ("attention.query_key_value", "attention.output", "feed_forward.intermediate", "feed_forward.output")
 
@@ -30,8 +31,9 @@ class Packing:
         slabs: Width (or height) of each slab; they add up to the matrix.
         kept: Rows (or columns) that each slab keeps.
         block: Rows and columns of the blocks that were pruned, for the layout `"sparse_blocks"`.
-        layout: How it is multiplied: `"panels"` panel by panel, `"sparse_blocks"` by torch's block-sparse rows,
-            `"dense"` as one matrix that is filled up with zeros when it is first used.
+        layout: How it is multiplied: `"panels"` panel by panel, which leaves the result of column slabs transposed in
+            memory; `"tiles"` the same for a few rows of the input at a time, put in order at once; `"sparse_blocks"` by
+            torch's block-sparse rows; `"dense"` as one matrix that is filled up with zeros when it is first used.
     """
 
     along: str
@@ -69,7 +71,8 @@ class Packing:
             )
         made = cls(given["along"], tuple(given["slabs"]), tuple(given["kept"]), tuple(given["block"]), given["layout"])
         if made.layout not in made.layouts(out_features, in_features):
-            raise ValueError(f"`layout` {made.layout} needs square blocks, of which the matrix has a whole number.")
+            possible = ", ".join(made.layouts(out_features, in_features))
+            raise ValueError(f"`layout` is {made.layout}, and such a matrix can have {possible}.")
         return made
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +84,8 @@ class Packing:
         """The layouts that such a matrix can have: torch's block-sparse rows need square blocks, cut evenly."""
         height, width = self.block
         even = height == width and out_features % height == 0 and in_features % width == 0
-        return LAYOUTS if even else (PANELS, DENSE)
+        possible = {PANELS: True, TILES: self.along == COLUMNS, SPARSE_BLOCKS: even, DENSE: True}
+        return tuple(layout for layout in LAYOUTS if possible[layout])
 
     @property
     def num_weights(self) -> int:
@@ -157,6 +161,10 @@ class PackedLinear(nn.Module):
         flat = inputs.reshape(-1, self.in_features)
         if self.packing.layout == SPARSE_BLOCKS and not learns:
             output = (self._prepared(SPARSE_BLOCKS) @ flat.T).T + self.bias
+        elif self.packing.layout == TILES and not learns:
+            output = flat.new_empty(len(flat), self.out_features)
+            for start in range(0, len(flat), TILE):
+                output[start : start + TILE] = self._add_up_slabs(flat[start : start + TILE])
         elif self.packing.along == COLUMNS:
             output = self._add_up_slabs(flat)
         else:
