@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .block_pruning import BlockShape, prune_blocks
 from .configuration_costeff import CostEffConfig
 from .conversion import convert_from_stock, convert_to_stock
 from .exit_criteria import (
@@ -22,10 +23,12 @@ from .exit_criteria import (
     PatienceCriterion,
 )
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
+from .packing import choose_layouts, pack, unpack
 from .pipeline_costeff import PIPELINE_TASK, CostEffClassificationPipeline
 from .slenderization import SlenderizationPlan, slenderize
 
 if TYPE_CHECKING:
+    from .block_training import BlockPenalty, MaskedTraining
     from .compression import compress
     from .evaluation import calibrate
     from .export import export_onnx
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "BlockPenalty",
+    "BlockShape",
     "ConfidenceCriterion",
     "CostEffClassificationPipeline",
     "CostEffConfig",
@@ -48,15 +53,20 @@ __all__ = [
     "ExitConfig",
     "ExitMonitor",
     "MarginCriterion",
+    "MaskedTraining",
     "PatienceCriterion",
     "SlenderizationPlan",
     "calibrate",
+    "choose_layouts",
     "compress",
     "convert_from_stock",
     "convert_to_stock",
     "export_onnx",
+    "pack",
     "predict_texts",
+    "prune_blocks",
     "slenderize",
+    "unpack",
 ]
 
 AutoConfig.register(CostEffConfig.model_type, CostEffConfig, exist_ok=True)
@@ -67,6 +77,8 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 _ON_FIRST_USE = {
+    "BlockPenalty": "block_training",
+    "MaskedTraining": "block_training",
     "calibrate": "evaluation",
     "compress": "compression",
     "export_onnx": "export",

@@ -1,6 +1,7 @@
 """The commands of `hf-costeff`, one file each. A new one is a file here and a line in the table."""
 
 from .benchmark import BENCHMARK
+from .block_prune import BLOCK_PRUNE
 from .calibrate import CALIBRATE
 from .command import Command
 from .compress import COMPRESS
@@ -10,7 +11,7 @@ from .push import PUSH
 from .report import REPORT
 
 COMMANDS: dict[str, Command] = {
-    command.name: command for command in (COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH)
+    command.name: command for command in (COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH, BLOCK_PRUNE)
 }
 
 __all__ = ["COMMANDS", "Command"]
