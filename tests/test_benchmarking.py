@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from helpers import sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import ExitConfig, benchmarking
@@ -131,6 +132,19 @@ def test_int8_is_the_export_and_is_measured_on_the_cpu_alone():
     assert found[1].mean_exit_layer == 4 > found[2].mean_exit_layer
     with pytest.raises(ValueError, match="int8 needs a collator with a tokenizer"):
         benchmark(slim(), tiny_bert(), token_rows(8), lambda rows: make_collator(word_tokenizer())(rows), grid)
+
+
+def test_int8_gives_a_teacher_only_what_its_forward_takes():
+    """DistilBERT's third argument is no token types, and a tokenizer may make some all the same."""
+    sizes = {"dim": 24, "n_layers": 4, "n_heads": 3, "hidden_dim": 16, "max_position_embeddings": 24}
+    torch.manual_seed(0)
+    teacher = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=60, num_labels=3, **sizes)).eval()
+    grid = BenchmarkGrid(["cpu"], [4], [0], [1], ["int8"], rows=8, rounds=2)
+    tokenizer = word_tokenizer()
+    assert "token_type_ids" in tokenizer.model_input_names
+    rows = token_rows(8).map(lambda row: {"token_type_ids": [0] * len(row["input_ids"])})
+    found = benchmark(slim(type_vocab_size=0), teacher, rows, make_collator(tokenizer), grid)
+    assert found[0].name == TEACHER and found[0].agreement >= 0.7
 
 
 def test_the_longest_text_counts_positions_before_the_first_word():

@@ -329,13 +329,14 @@ def _in_int8(
         raise ValueError(
             "int8 needs a collator with a tokenizer. Make it with hf_costeff.data.make_collator(tokenizer)."
         )
-    names = [name for name in MODEL_INPUTS if name in tokenizer.model_input_names]
     large, slim = folder / "teacher.onnx", folder / "slim"
     if not large.exists():
         export_onnx(model, tokenizer, slim, int8=True)
-        write_stock_graph(teacher, names, folder / "teacher_fp32.onnx")
+        made = [name for name in MODEL_INPUTS if name in tokenizer.model_input_names]
+        write_stock_graph(teacher, made, folder / "teacher_fp32.onnx")
         quantize_graph(folder / "teacher_fp32.onnx", large)
     session, runner = open_session(large, threads), Runner(slim, threads=threads)
+    names = [one.name for one in session.get_inputs()]
 
     def one_graph(batch: Mapping[str, Tensor]) -> CostEffPrediction:
         types = torch.zeros_like(batch["input_ids"])  # where the rows came without
@@ -343,7 +344,7 @@ def _in_int8(
         return CostEffPrediction(logits=torch.from_numpy(logits))
 
     def segments(batch: Mapping[str, Tensor], early_exit: Any) -> CostEffPrediction:
-        given = {name: batch[name].tolist() for name in names if name in batch and name != "attention_mask"}
+        given = {name: batch[name].tolist() for name in ("input_ids", "token_type_ids") if name in batch}
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         rows = [{name: values[row][:length] for name, values in given.items()} for row, length in enumerate(lengths)]
         found = runner.predict_tokens(rows, early_exit, batch_size=len(rows))
