@@ -85,8 +85,8 @@ def measured(stock_config: BertConfig, given: argparse.Namespace) -> dict[str, A
         times = measure_alternating(runs, warmup=2, repeats=given.rounds, clock=clock)
         for name, settings in exits.items():
             layers = runs[name]().exit_layer
-            checked = config.exit_layers if settings else []
-            flops = stock_flops(stock_config, given.length) / mean_flops(config, layers, given.length, checked)
+            stops = slim.costeff.exit_plan(settings).stops
+            flops = stock_flops(stock_config, given.length) / mean_flops(config, layers, given.length, stops)
             faster = ratio(times["teacher"].times_ms, times[name].times_ms)
             found[f"batch {batch_size}, {name}"] = {
                 "teacher_ms": times["teacher"].median_ms,

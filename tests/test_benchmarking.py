@@ -24,9 +24,10 @@ from hf_costeff.benchmarking import (
 )
 from hf_costeff.cli import main
 from hf_costeff.data import make_collator
-from hf_costeff.efficiency import full_depth_flops, mean_flops, stock_flops
+from hf_costeff.efficiency import cumulative_flops, full_depth_flops, mean_flops, stock_flops
 
 SAVED = ExitConfig(threshold=0.5)
+COLLATOR = make_collator(word_tokenizer())
 SMALL = BenchmarkGrid(batch_sizes=[1, 4], lengths=[0, 6], rows=8, rounds=2)
 
 
@@ -69,6 +70,20 @@ def test_the_flops_ratio_counts_padding_and_executed_exits(found):
     assert one.flops_ratio == pytest.approx(expected)
     full = next(one for one in found if (one.length, one.batch_size, one.name) == (6, 4, FULL))
     assert full.flops_ratio == pytest.approx(stock_flops(teacher.config, 8) / full_depth_flops(model.config, 8))
+
+
+def test_an_exit_that_nobody_can_leave_at_is_not_run_and_its_flops_are_not_counted():
+    saved = ExitConfig(threshold=[0.0, 0.0, 0.5, 0.0])
+    model, run = slim(exit_config=saved.to_dict()), set()
+    for layer, head in model.costeff.exits.items():
+        head.register_forward_hook(lambda *_, layer=int(layer): run.add(layer))
+    model.predict(torch.tensor([token_rows(12)[0]["input_ids"]]), early_exit=True)
+    assert run <= {3, 4}
+    grid = dataclasses.replace(SMALL, batch_sizes=[4], lengths=[6])
+    found = {one.name: one for one in benchmark(model, tiny_bert(), token_rows(12), COLLATOR, grid)}
+    spent = [cumulative_flops(model.config, 8, checked_exits=[3])[layer - 1] for layer in (1, 2, 3, 4)]
+    mean = sum(share * flops for share, flops in zip(found[EARLY].exit_shares, spent, strict=True))
+    assert found[EARLY].flops_ratio == pytest.approx(stock_flops(tiny_bert().config, 8) / mean)
 
 
 def test_without_saved_settings_there_is_no_early_exit_to_measure():

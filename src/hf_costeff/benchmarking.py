@@ -30,6 +30,7 @@ from .efficiency import mean_flops, measure_alternating, ratio, stock_flops
 from .evaluation import Collator, Contender
 from .exit_criteria import REGRESSION, ExitConfig, answers, same_answers
 from .exit_replay import ExitLogits, stored_settings
+from .exiting_rows import ExitPlan
 from .export import export_onnx, quantize_graph, write_stock_graph
 from .metrics import compute_metrics, default_metric
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, CostEffPrediction
@@ -451,9 +452,9 @@ def _spent(contender: Contender, batches: Sequence[Mapping[str, Tensor]]) -> tup
         flops = {length: stock_flops(config, length) for length in set(lengths)}
         return (0.0,) * (depth - 1) + (1.0,), statistics.mean(flops[length] for length in lengths)
     layers = torch.cat([contender.answer(batch).exit_layer.cpu() for batch in batches])
-    checked = [] if contender.settings is None else contender.settings.checked_exits
+    stops = ExitPlan.make(contender.settings, config.exit_layers, config.resolved_problem_type).stops
     shares = (torch.bincount(layers, minlength=depth + 1)[1:] / len(layers)).tolist()
-    return tuple(shares), mean_flops(config, layers, lengths, checked)
+    return tuple(shares), mean_flops(config, layers, lengths, stops)
 
 
 def matmul_peak(device: str, precision: str) -> float:
