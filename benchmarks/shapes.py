@@ -26,12 +26,11 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_costeff import CostEffForSequenceClassification, ExitConfig
 from hf_costeff.conversion import convert_config
 from hf_costeff.efficiency import count_parameters, mean_flops, measure_alternating, ratio, stock_flops
+from hf_costeff.exit_times import NEVER
 from hf_costeff.report import describe_hardware
 from hf_costeff.slenderization import Budget, describe_widths, solve_widths
 
 RESULTS = Path(__file__).parent / "results" / "shapes.json"
-NEVER = 1e-9
-"""A threshold that no row passes."""
 SHAPES = {
     "bert-base": {},
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},

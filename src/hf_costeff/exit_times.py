@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,8 +20,9 @@ from .exit_replay import ExitReplay, ExitTimes, stored_settings
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification
 from .report import describe_hardware
 
-NEVER = 1e-9
-"""A threshold in nats, or a tolerance, that no row of a trained model passes; every exit is asked."""
+NEVER = math.ulp(0.0)
+"""The least number above 0, as a threshold in nats or a tolerance: every exit is asked, and only an entropy or a change
+of exactly 0 could pass, which in single precision takes logits more than 100 apart."""
 
 
 def measure_exit_times(
