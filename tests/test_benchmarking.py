@@ -220,11 +220,19 @@ def test_figures_and_charts_are_written(found, tmp_path):
     table = write_benchmark(found, tmp_path / "new")
     saved = json.loads((tmp_path / "new" / "benchmark.json").read_text())
     assert [one["name"] for one in saved["measurements"]] == [one.name for one in found]
-    assert saved["hardware"]["torch"] == torch.__version__
+    assert saved["hardware"]["cpu"]["torch"] == torch.__version__
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == len(found) + 2 and len({line.count("|") for line in lines}) == 1
     for name in ("latency_by_batch", "speedup_by_batch", "metric_by_speed", "exits"):
         assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hardware_is_told_of_every_device_and_threads_are_told_row_by_row(tmp_path):
+    write_benchmark([measurement(threads=3), measurement(device="meta", threads=5)], tmp_path)
+    saved = json.loads((tmp_path / "benchmark.json").read_text())
+    assert set(saved["hardware"]) == {"cpu", "meta"}
+    assert all("threads" not in one for one in saved["hardware"].values())
+    assert [one["threads"] for one in saved["measurements"]] == [3, 5]
 
 
 def test_the_metric_and_what_the_precision_changed_stand_beside_the_speed():

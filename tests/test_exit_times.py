@@ -67,7 +67,7 @@ def test_times_are_per_text_and_say_what_they_were_measured_under(monkeypatch):
     assert found.leaving_ms == [2.0, 5.0, 5.0, 8.0]  # four texts; that layer 3 looks faster than 2 is noise
     assert found.question_ms == pytest.approx((44 - 32) / 4 / 3)
     assert (found.batch_size, found.threads, found.precision) == (2, 2, "float32")
-    assert found.hardware["torch"] == torch.__version__ and found.hardware["threads"] == 2
+    assert found.hardware["torch"] == torch.__version__ and "threads" not in found.hardware
 
 
 def test_the_clock_really_runs():

@@ -18,7 +18,7 @@ from .evaluation import Collator, collect_exit_logits, model_inputs
 from .exit_criteria import REGRESSION, ExitConfig
 from .exit_replay import ExitReplay, ExitTimes, stored_settings
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification
-from .report import describe_hardware
+from .report import describe_device
 
 NEVER = math.ulp(0.0)
 """The least number above 0, as a threshold in nats or a tolerance: every exit is asked, and only an entropy or a change
@@ -79,7 +79,7 @@ def measure_exit_times(
         batch_size=batch_size,
         threads=threads,
         precision=str(model.dtype).removeprefix("torch."),
-        hardware={**describe_hardware(model.device), "threads": threads},
+        hardware=describe_device(model.device),
     )
 
 
