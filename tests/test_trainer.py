@@ -714,16 +714,16 @@ def test_settings_of_classes_are_refused_where_the_loss_would_ignore_them(model,
 def test_a_push_takes_what_the_arguments_say_unless_the_call_says_otherwise(tmp_path, monkeypatch):
     asked, said = {}, {"hub_model_id": "org/own", "hub_token": "hf_own", "hub_revision": "v2", "hub_private_repo": True}
     monkeypatch.setattr("hf_costeff.trainer.push_folder", lambda folder, repo_id, **given: asked.update(given))
-    monkeypatch.setattr("hf_costeff.trainer.write_card", lambda folder, repo_id, **given: asked.update(card=given))
     trainer = make_trainer(tmp_path, **said)
     trainer.push_to_hub()
     options = {"commit_message": "End of training", "private": True, "token": "hf_own", "revision": "v2"}
     assert {name: asked[name] for name in options} == options
-    assert (asked["card"]["token"], asked["card"]["revision"], asked["card"]["tags"]) == ("hf_own", "v2", None)
+    assert asked["tags"] is None and "# org/own" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("By hand.")
     given = {"commit_message": "Hello", "private": False, "token": "hf_other", "revision": "v3"}
     trainer.push_to_hub(**given, tags="film")
     assert {name: asked[name] for name in given} == given
-    assert (asked["card"]["token"], asked["card"]["revision"], asked["card"]["tags"]) == ("hf_other", "v3", ["film"])
+    assert asked["tags"] == ["film"] and (tmp_path / "README.md").read_text() == "By hand."
 
 
 def test_the_arguments_are_command_line_flags(tmp_path):

@@ -24,7 +24,7 @@ from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig
 from .efficiency import count_parameters
 from .exit_criteria import REGRESSION, SINGLE_LABEL
-from .hub import push_folder, write_card
+from .hub import CARD, is_written_by_hand, push_folder
 from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
 from .metrics import compute_metrics as default_metrics
 from .model_card import TrainingCard, describe_losses
@@ -293,8 +293,8 @@ class CostEffTrainer(ResumableTrainer):
         token = self.args.hub_token if token is None else token
         revision = revision or self.args.hub_revision
         tags = [kwargs["tags"]] if isinstance(kwargs.get("tags"), str) else kwargs.get("tags")
-        card = self._card(repo_id, kwargs)
-        write_card(folder, repo_id, origin="", token=token, revision=revision, tags=tags, otherwise=card)
+        if not is_written_by_hand(folder / CARD):
+            self._card(repo_id, kwargs).save(folder / CARD)
         push = partial(
             push_folder,
             folder,
@@ -303,6 +303,7 @@ class CostEffTrainer(ResumableTrainer):
             private=self.args.hub_private_repo if private is None else private,
             token=token,
             revision=revision,
+            tags=tags,
         )
         return push() if blocking else HfApi().run_as_future(push)
 
