@@ -448,6 +448,11 @@ def test_figures_of_other_weights_do_not_stay_on_the_hub(saved, hub, tmp_path):
     files = hub.files("org/slim")
     assert "efficiency.json" not in files and {"own.txt", "sub/efficiency.json"} <= set(files)
     assert b"No measurements were" in files["README.md"] and b"Our card" not in files["README.md"]
+    theirs = dict.fromkeys(("SUMMARY.md", "pareto.png", "efficiency.json"), b"of theirs")
+    for card in ({"README.md": THEIRS}, {}):
+        hub.add_commit("org/slim", "main", {**theirs, **card})
+        check(run_python(MODEL_PUSH, environment, tmp_path, *changed))
+        assert theirs.items() < hub.files("org/slim").items()
 
 
 def test_weights_of_an_earlier_push_are_not_loaded_instead_of_the_new_ones(saved, hub, tmp_path):

@@ -65,8 +65,9 @@ def push_folder(
     """Upload the model files of a folder in one commit: all of them arrive, or nothing changes.
 
     Only files that make up a model travel ([`MODEL_FILES`] and [`code_files`]): no pickles, no checkpoints, no stages.
-    Weights and figures of an earlier push that this folder does not have are removed; everything else in the
-    repository stays. A card that somebody has written on the Hub stays too, unless somebody has written the folder's.
+    Weights of an earlier push that this folder does not have are removed, and its figures if the card there is one of
+    ours; everything else in the repository stays. A card that somebody has written on the Hub stays too, unless
+    somebody has written the folder's.
 
     Args:
         folder: A saved model; as it was afterwards.
@@ -95,6 +96,9 @@ def push_folder(
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         on_the_hub = card_on_the_hub(repo_id, token, revision)
+        stale = [*WEIGHT_FILES]  # of an earlier push; what is uploaded now stays
+        if on_the_hub is not None and MARKER in on_the_hub:  # without it, figures may be somebody's own
+            stale += FIGURES
         with card_to_push(Path(folder) / CARD, on_the_hub, tags):
             return api.upload_folder(
                 repo_id=repo_id,
@@ -104,7 +108,7 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
                 allow_patterns=travelling,
-                delete_patterns=[*WEIGHT_FILES, *FIGURES],  # of an earlier push; what is uploaded now stays
+                delete_patterns=stale,
                 ignore_patterns=["*/*"],  # stages, checkpoints and whatever else lies in folders below
             )
 
