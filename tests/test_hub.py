@@ -108,11 +108,24 @@ def test_of_a_folders_code_only_what_the_config_names_is_taken_for_the_models(sa
     assert code_files(folder) == sorted([*CODE, "pipeline_costeff.py"])
     for name in ("pipeline_costeff.py", "exit_heads.py"):  # named by the config; imported by what it names
         (folder / name).unlink()
-        with pytest.raises(ValueError, match=rf"{name} is missing.*save it again with save_pretrained"):
+        with pytest.raises(ValueError, match=rf"{name} is missing.*save them again with save_pretrained"):
             code_files(folder)
         file.write_text(json.dumps(config))
     file.write_text(json.dumps({"model_type": "costeff"}))
     assert code_files(folder) == []
+
+
+@pytest.mark.parametrize("as_saved", [lambda names: {"AutoTokenizer": names}, lambda names: names])
+@pytest.mark.parametrize(
+    "names", [["own_slow.Slow", "own_fast.Fast"], ["own_slow.Slow", None], [None, "own_fast.Fast"]]
+)
+def test_a_tokenizers_code_travels_too_in_either_form_of_its_map(names, as_saved, saved, tmp_path):
+    folder = shutil.copytree(saved / "slim", tmp_path / "slim")
+    for name in ("own_slow.py", "own_fast.py"):
+        (folder / name).write_text("")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": as_saved(names)}))
+    assert code_files(folder) == sorted([*CODE, *(f"{name.split('.')[0]}.py" for name in names if name)])
 
 
 class OwnModel(CostEffForSequenceClassification):

@@ -22,11 +22,12 @@ from huggingface_hub.errors import (
 from transformers.dynamic_module_utils import get_relative_import_files
 
 CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CARD = "README.md"
 FIGURES = ("SUMMARY.md", "efficiency.json", "pareto.png")
 REPORT_FILES = (CARD, *FIGURES)
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.jinja", "*.spm", "spiece.model", "sentencepiece*.model"),
 )
 WEIGHT_FILES = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
@@ -153,24 +154,38 @@ def check_model_folder(folder: str | Path) -> None:
 
 
 def code_files(folder: str | Path) -> list[str]:
-    """Names of the files that `config.json` takes classes from and of what these import; no other code of a folder.
+    """Names of the files that model and tokenizer take classes from and of what these import; no other code.
 
     Raises:
         ValueError: If one of them is missing.
     """
-    config = read_json(Path(folder) / CONFIG)
-    pipelines = [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
-    named = (*config.get("auto_map", {}).values(), *pipelines)
+    named = []
+    for file in (Path(folder) / name for name in (CONFIG, TOKENIZER_CONFIG)):
+        config = read_json(file) if file.exists() else {}
+        pipelines = [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
+        named += [*classes(config.get("auto_map")), *pipelines]
     targets = [target for target in named if "--" not in target]  # with it, the code is in another repository
     try:
         files = [Path(folder) / f"{target.split('.')[0]}.py" for target in targets]
         read = [imported for file in files for imported in (file, *get_relative_import_files(file))]
     except FileNotFoundError as error:
         raise ValueError(
-            f"{error.filename} is missing: code that the model's config names or that this code imports. Load the "
-            "model and save it again with save_pretrained, which puts its code beside it."
+            f"{error.filename} is missing: code that {CONFIG} or {TOKENIZER_CONFIG} names or that this code imports. "
+            "Load model and tokenizer and save them again with save_pretrained, which puts their code beside them."
         ) from error
     return sorted({Path(file).name for file in read})
+
+
+def classes(auto_map: Any) -> list[str]:
+    """The classes that an `auto_map` names; a tokenizer's may be a list of a slow and a fast one, either missing.
+
+    >>> classes({"AutoTokenizer": ["own.Slow", None], "AutoProcessor": "own.Processor"})
+    ['own.Slow', 'own.Processor']
+    """
+    if isinstance(auto_map, str):
+        return [auto_map]
+    values = auto_map.values() if isinstance(auto_map, dict) else auto_map or ()
+    return [name for value in values for name in classes(value)]
 
 
 def copy_report(origin: str | Path, folder: str | Path) -> bool:
