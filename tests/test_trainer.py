@@ -690,8 +690,10 @@ def test_arguments_out_of_range_are_refused(settings, message, tmp_path):
 
 
 def test_class_weights_need_one_entry_per_label(tmp_path):
-    with pytest.raises(ValueError, match="`class_weights` has 2 entries for 3 labels"):
+    with pytest.raises(ValueError, match=r"`class_weights` has 2 entries for 3 labels\. Give one each"):
         make_trainer(tmp_path, class_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"`class_weights` has 2 entries for 3 labels\. Give one each"):
+        TeacherTrainer(one_teacher_step(tmp_path).model, TrainingArguments(tmp_path), class_weights=[1.0, 2.0])
 
 
 @pytest.mark.parametrize(
@@ -709,6 +711,10 @@ def test_class_weights_need_one_entry_per_label(tmp_path):
 def test_settings_of_classes_are_refused_where_the_loss_would_ignore_them(model, settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, model=tiny_model(**model), **settings)
+    teacher = tiny_bert(**{"problem_type": "regression", **model})
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=settings.get("label_smoothing_factor", 0.0))
+    with pytest.raises(ValueError, match=message):
+        TeacherTrainer(teacher, arguments, class_weights=settings.get("class_weights"))
 
 
 def test_a_push_takes_what_the_arguments_say_unless_the_call_says_otherwise(tmp_path, monkeypatch):
