@@ -1,8 +1,8 @@
 """Slim encoder classifiers that leave early, as Hugging Face Transformers models.
 
-Importing the package registers the model type `costeff` with `AutoConfig`, `AutoModel` and
-`AutoModelForSequenceClassification`, and the pipeline `costeff-classification`. Training and the recipe are imported on
-first use: they need Transformers' Trainer, which imports peft.
+Importing the package registers the model types `costeff` and `costeff_cascade` with `AutoConfig` and
+`AutoModelForSequenceClassification`, the first with `AutoModel` too, and the pipeline `costeff-classification`.
+Training and the recipe are imported on first use: they need Transformers' Trainer, which imports peft.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_cascade import CostEffCascadeConfig
 from .configuration_costeff import CostEffConfig
 from .conversion import convert_from_stock, convert_to_stock
 from .exit_criteria import (
@@ -21,11 +22,13 @@ from .exit_criteria import (
     MarginCriterion,
     PatienceCriterion,
 )
+from .modeling_cascade import CostEffCascade
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
 from .pipeline_costeff import PIPELINE_TASK, CostEffClassificationPipeline
 from .slenderization import SlenderizationPlan, slenderize
 
 if TYPE_CHECKING:
+    from .cascade import load_cascade, make_cascade, save_cascade
     from .compression import compress
     from .evaluation import calibrate
     from .export import export_onnx
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ConfidenceCriterion",
+    "CostEffCascade",
+    "CostEffCascadeConfig",
     "CostEffClassificationPipeline",
     "CostEffConfig",
     "CostEffForSequenceClassification",
@@ -55,13 +60,18 @@ __all__ = [
     "convert_from_stock",
     "convert_to_stock",
     "export_onnx",
+    "load_cascade",
+    "make_cascade",
     "predict_texts",
+    "save_cascade",
     "slenderize",
 ]
 
 AutoConfig.register(CostEffConfig.model_type, CostEffConfig, exist_ok=True)
 AutoModel.register(CostEffConfig, CostEffModel, exist_ok=True)
 AutoModelForSequenceClassification.register(CostEffConfig, CostEffForSequenceClassification, exist_ok=True)
+AutoConfig.register(CostEffCascadeConfig.model_type, CostEffCascadeConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(CostEffCascadeConfig, CostEffCascade, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
     PIPELINE_TASK, pipeline_class=CostEffClassificationPipeline, pt_model=AutoModelForSequenceClassification
 )
@@ -70,6 +80,9 @@ _ON_FIRST_USE = {
     "calibrate": "evaluation",
     "compress": "compression",
     "export_onnx": "export",
+    "load_cascade": "cascade",
+    "make_cascade": "cascade",
+    "save_cascade": "cascade",
     "ExitMonitor": "monitoring",
     "predict_texts": "prediction",
     "CostEffTrainer": "trainer",

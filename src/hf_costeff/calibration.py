@@ -16,7 +16,6 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from .configuration_costeff import CostEffConfig
 from .exit_criteria import (
     CRITERIA,
     MULTI_LABEL,
@@ -27,7 +26,7 @@ from .exit_criteria import (
     answers,
     decision_log_probabilities,
 )
-from .exit_replay import ExitLogits, ExitOutcome, ExitReplay, ReplayedExits
+from .exit_replay import ExitingConfig, ExitLogits, ExitOutcome, ExitReplay, ReplayedExits
 from .guarantees import last_safe, p_value, rows_needed, sample_needed, split_rows, upper_bound, zero_loss_rows
 from .metrics import LOWER_IS_BETTER, METRICS, check_metric, paired_bootstrap
 
@@ -87,7 +86,7 @@ def default_criterion(problem_type: str) -> str:
 
 def candidate_settings(
     records: ExitLogits,
-    config: CostEffConfig,
+    config: ExitingConfig,
     criterion: str,
     *,
     temperatures: float | list[float] = 1.0,
@@ -191,7 +190,7 @@ def _thresholds_per_exit(measured: list[Tensor], losses: np.ndarray, low: float,
     return np.maximum.accumulate(path)
 
 
-def exit_curve(records: ExitLogits, config: CostEffConfig, metric: str) -> list[ExitOutcome]:
+def exit_curve(records: ExitLogits, config: ExitingConfig, metric: str) -> list[ExitOutcome]:
     """The whole speed-accuracy curve, careful to bold, without repeated points.
 
     It is that of the criterion, the temperatures and the checked exits in `config.exit_config`, of all exits and the
@@ -207,7 +206,7 @@ def exit_curve(records: ExitLogits, config: CostEffConfig, metric: str) -> list[
     return list(dict.fromkeys(outcomes))
 
 
-def curve_settings(records: ExitLogits, config: CostEffConfig) -> list[ExitConfig]:
+def curve_settings(records: ExitLogits, config: ExitingConfig) -> list[ExitConfig]:
     """The settings that [`exit_curve`] shows."""
     stored = None if config.exit_config is None else ExitConfig.from_dict(config.exit_config)
     if stored is None:
@@ -276,7 +275,7 @@ class ExitSearch:
 
 def choose_exit_config(
     records: ExitLogits,
-    config: CostEffConfig,
+    config: ExitingConfig,
     metric: str,
     *,
     max_accuracy_drop: float | None = None,
@@ -361,8 +360,11 @@ def _loss_of(replay: ExitReplay, goal: str, metric: str) -> Loss:
 def _within(
     replay: ExitReplay, paths: list[list[ExitConfig]], loss: Loss, limit: float
 ) -> tuple[ExitConfig, list[ExitConfig]]:
-    """Of the boldest settings of each path that keep to the limit, the ones with the fewest FLOPs; and their path."""
-    found = [(_boldest(replay, path, loss, limit), path) for path in paths]
+    """Of the boldest settings of each path that keep to the limit, the ones with the fewest FLOPs; and their path.
+
+    The most careful ones are among them: members of a cascade that release few rows cost more than they save.
+    """
+    found = [(_boldest(replay, path, loss, limit), path) for path in paths] + [(paths[0][0], paths[0])]
     return min(found, key=lambda pair: replay.at(pair[0]).mean_flops)
 
 
@@ -535,7 +537,7 @@ def _check_guarantee(goal: str, limit: float, delta: float) -> None:
         raise ValueError(f"`delta` is {delta:g}. It must lie above 0 and below 1: the chance of a broken promise.")
 
 
-def _check_records(records: ExitLogits, config: CostEffConfig, goal: str, search: ExitSearch) -> None:
+def _check_records(records: ExitLogits, config: ExitingConfig, goal: str, search: ExitSearch) -> None:
     if not len(records.logits) or (records.labels is None and goal != "max_disagreement"):
         raise ValueError(
             f"`{goal}` needs held-out rows with labels, and there are none. Give labelled rows; only "

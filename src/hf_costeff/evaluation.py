@@ -15,8 +15,10 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .calibration import ExitSearch, choose_exit_config
+from .cascade_costs import member_flops
 from .checksums import fingerprint
 from .efficiency import (
     PAPER_SEQ_LENGTH,
@@ -29,11 +31,13 @@ from .exit_criteria import ExitConfig
 from .exit_replay import ExitLogits, ExitReplay
 from .markdown import markdown_table
 from .metrics import compute_metrics, default_metric
+from .modeling_cascade import CostEffCascade
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, inference
 from .promises import weights_fingerprint
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
 TIMED_BATCHES = (32, 1)
+logger = logging.get_logger(__name__)
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -66,25 +70,97 @@ def collect_exit_logits(
     Returns:
         Logits in single precision on the host.
     """
-    lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
-    order = lengths.argsort(descending=True)
-    chunks = order.split(batch_size)
-    gathered = []
+
+    def ask(batch: Mapping[str, Tensor]) -> Tensor:
+        outputs = model(**model_inputs(model, batch))
+        return torch.stack(outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,), dim=1)
+
     with inference(model):
-        for rows in tqdm(chunks, desc=description, disable=not show_progress, leave=False):
-            batch = collator([dataset[row] for row in rows.tolist()])
-            outputs = model(**model_inputs(model, batch))
-            exits = outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,)
-            gathered.append(torch.stack(exits, dim=1).float().cpu())
-    logits = torch.cat(gathered)[order.argsort()]
-    labels = torch.tensor(np.array(dataset["labels"])) if "labels" in dataset.column_names else None
-    return ExitLogits(logits, lengths, labels)
+        logits = _asked(dataset, collator, batch_size, ask, description if show_progress else None)
+    return ExitLogits(logits, _lengths(dataset), _labels(dataset))
+
+
+def _lengths(dataset: Dataset) -> Tensor:
+    return torch.tensor([len(ids) for ids in dataset["input_ids"]])
+
+
+def _labels(dataset: Dataset) -> Tensor | None:
+    return torch.tensor(np.array(dataset["labels"])) if "labels" in dataset.column_names else None
+
+
+def _asked(
+    dataset: Dataset,
+    collator: Collator,
+    batch_size: int,
+    ask: Callable[[Mapping[str, Tensor]], Tensor],
+    description: str | None,
+) -> Tensor:
+    """What `ask` says of batches, longest rows first, in the data set's order; a description shows a progress bar."""
+    order = _lengths(dataset).argsort(descending=True)
+    gathered = []
+    for rows in tqdm(order.split(batch_size), desc=description, disable=description is None, leave=False):
+        gathered.append(ask(collator([dataset[row] for row in rows.tolist()])).float().cpu())
+    return torch.cat(gathered)[order.argsort()]
+
+
+def collect_member_logits(
+    cascade: CostEffCascade,
+    dataset: Dataset | Sequence[Dataset],
+    collator: Collator | Sequence[Collator],
+    *,
+    batch_size: int = 64,
+    description: str = "Evaluating",
+    show_progress: bool = True,
+) -> ExitLogits:
+    """What every member of a cascade says of every row under its own exit settings, and what that costs.
+
+    To calibration the members are what exits are to a single model.
+
+    Args:
+        cascade: The model.
+        dataset: Tokenized rows, or one such data set per member where tokenizers differ, with the same rows.
+        collator: Pads a list of rows to a batch; one, or one per member.
+        batch_size: Rows per forward.
+        description: Shown at the progress bars.
+        show_progress: Whether to show them.
+
+    Returns:
+        Logits of all members, shape (rows, members, labels), in the cascade's order of labels. The lengths are those of
+        the last member.
+
+    Raises:
+        ValueError: Data sets that are not one for all or one per member, of equally many rows.
+    """
+    members = len(cascade.config.members)
+    datasets = [dataset] * members if isinstance(dataset, Dataset) else list(dataset)
+    collators = [collator] * members if callable(collator) else list(collator)
+    if not len(datasets) == len(collators) == members or len({len(rows) for rows in datasets}) != 1:
+        raise ValueError(
+            f"There are data sets of {[len(rows) for rows in datasets]} rows and {len(collators)} collators for "
+            f"{members} members. Give one for all, or one per member, of the same rows."
+        )
+    logits, flops = [], []
+    with inference(cascade):
+        for number, (rows, pad) in enumerate(zip(datasets, collators, strict=True), start=1):
+
+            def ask(batch: Mapping[str, Tensor], number: int = number) -> Tensor:
+                inputs = {name: batch[name].to(cascade.device) for name in MODEL_INPUTS if name in batch}
+                said, exit_layer = cascade.ask_member(number, inputs)
+                return torch.cat([said.float(), exit_layer[:, None].float()], dim=1)
+
+            shown = f"{description}, member {number}" if show_progress else None
+            found = _asked(rows, pad, batch_size, ask, shown)
+            logits.append(found[:, :-1])
+            layers = found[:, -1].long()
+            flops.append(member_flops(cascade.config.members[number - 1], layers, _lengths(rows)))
+    last = datasets[-1]
+    return ExitLogits(torch.stack(logits, dim=1), _lengths(last), _labels(last), member_flops=torch.stack(flops, dim=1))
 
 
 def calibrate(
-    model: CostEffForSequenceClassification,
-    dataset: Dataset,
-    collator: Collator,
+    model: CostEffForSequenceClassification | CostEffCascade,
+    dataset: Dataset | Sequence[Dataset],
+    collator: Collator | Sequence[Collator],
     *,
     metric: str | None = None,
     max_accuracy_drop: float | None = None,
@@ -103,9 +179,12 @@ def calibrate(
     """Choose exit settings on held-out rows from one goal and store them in the model, for `predict(early_exit=True)`.
 
     Args:
-        model: A multi-exit model; its `config.exit_config` is replaced.
-        dataset: Tokenized rows which no training saw, with `labels`, but for `max_disagreement`.
-        collator: Pads a list of rows to a batch.
+        model: A multi-exit model; its `config.exit_config` is replaced. Or a cascade, whose members stand for exits, in
+            the order of cost, with the exit settings they have of their own: calibrate those first. Losses and
+            speed-ups are against the last member.
+        dataset: Tokenized rows which no training saw, with `labels`, but for `max_disagreement`. For a cascade whose
+            members have tokenizers of their own, one data set per member, of the same rows.
+        collator: Pads a list of rows to a batch; as the data sets one, or one per member.
         metric: What is reported and what `max_metric_drop` limits; `None`: the default of the problem type, or accuracy
             with `max_accuracy_drop`.
         max_accuracy_drop: Goal: points (hundredths) that accuracy may lose against full depth.
@@ -130,15 +209,23 @@ def calibrate(
     Raises:
         ValueError: As [`hf_costeff.calibration.choose_exit_config`], or for a model without exits.
     """
-    if not isinstance(model, CostEffForSequenceClassification):
+    if not isinstance(model, CostEffForSequenceClassification | CostEffCascade):
         raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
     stored = model.config.exit_config or {}
     if checked_exits is None and not stored.get("calibration"):
         checked_exits = stored.get("checked_exits")
     search = ExitSearch(criterion, per_exit, fit_temperatures, checked_exits)
-    records = collect_exit_logits(model, dataset, collator, description="Calibrating", show_progress=show_progress)
+    showing: dict[str, Any] = {"description": "Calibrating", "show_progress": show_progress}
+    if isinstance(model, CostEffCascade):
+        records = collect_member_logits(model, dataset, collator, **showing)
+    elif isinstance(dataset, Dataset) and callable(collator):
+        records = collect_exit_logits(model, dataset, collator, **showing)
+    else:
+        raise TypeError("A single model is calibrated on a single data set. Several are for the members of a cascade.")
     if guarantee:
-        records = dataclasses.replace(records, row_keys=row_keys(dataset))
+        records = dataclasses.replace(
+            records, row_keys=row_keys(dataset if isinstance(dataset, Dataset) else dataset[-1])
+        )
     accuracy = "accuracy" if max_accuracy_drop is not None else None
     settings = choose_exit_config(
         records,
@@ -155,9 +242,20 @@ def calibrate(
     )
     promise = (settings.calibration or {}).get("promise")
     if promise is not None:
-        promise["fingerprint"] = weights_fingerprint(model.costeff)
+        promise["fingerprint"] = weights_fingerprint(model if isinstance(model, CostEffCascade) else model.costeff)
+    if isinstance(model, CostEffCascade):
+        _warn_if_dearer(settings)
     model.config.exit_config = settings.to_dict()
     return settings
+
+
+def _warn_if_dearer(settings: ExitConfig) -> None:
+    gain = (settings.calibration or {})["speedup_over_full_depth"]
+    if gain < 1:
+        logger.warning(
+            f"With these settings the cascade takes {1 / gain:.2f} times the FLOPs of its last member alone: members "
+            "before it release too few rows. Allow a larger loss, or take better or cheaper members."
+        )
 
 
 def row_keys(dataset: Dataset) -> list[int]:

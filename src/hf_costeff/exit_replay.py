@@ -8,15 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .configuration_cascade import CostEffCascadeConfig
 from .configuration_costeff import CostEffConfig
 from .efficiency import mean_flops
 from .exit_criteria import MULTI_LABEL, ExitConfig, ThresholdCriterion, answers, same_answers, simulate_exits, spread
+from .exiting_rows import ExitPlan
 from .metrics import METRICS
+
+ExitingConfig: TypeAlias = CostEffConfig | CostEffCascadeConfig
+"""Of a model whose rows may leave: at its exits, or at the members of a cascade, which are then meant by exits."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,15 @@ class ExitLogits:
         labels: True labels, shape (rows,) or (rows, labels); `None` if there are none.
         row_keys: A whole number made from each row's content, shape (rows,); needed for a guarantee only, which splits
             the rows by it. `None` if there are none.
+        member_flops: Of a cascade: FLOPs of each row in each member by itself, shape (rows, members). `None` for a
+            single model, whose cost follows from its configuration.
     """
 
     logits: Tensor
     seq_lengths: Tensor
     labels: Tensor | None = None
     row_keys: Sequence[int] | None = None
+    member_flops: Tensor | None = None
 
     def known_labels(self) -> np.ndarray:
         """The labels as an array.
@@ -49,7 +58,8 @@ class ExitLogits:
     def select(self, rows: np.ndarray) -> ExitLogits:
         """Some of the rows, by position, without their keys."""
         labels = None if self.labels is None else self.labels[rows]
-        return ExitLogits(self.logits[rows], self.seq_lengths[rows], labels)
+        flops = None if self.member_flops is None else self.member_flops[rows]
+        return ExitLogits(self.logits[rows], self.seq_lengths[rows], labels, member_flops=flops)
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class ReplayedExits:
     """
 
     records: ExitLogits
-    config: CostEffConfig
+    config: ExitingConfig
     exit_index: Tensor
     checked_exits: list[int] | None
 
@@ -103,7 +113,14 @@ class ReplayedExits:
 
     @cached_property
     def mean_flops(self) -> float:
-        """FLOPs per row at the rows' own lengths, executed exits counted."""
+        """FLOPs per row at the rows' own lengths, executed exits or members counted."""
+        if self.records.member_flops is not None:
+            executed = torch.zeros(len(self.config.exit_layers), dtype=torch.float64)
+            executed[[layer - 1 for layer in self.checked_exits or ()]] = 1
+            executed[-1] = 1
+            spent = (self.records.member_flops * executed).cumsum(1)
+            return float(spent.gather(1, self.exit_index[:, None]).mean())
+        assert isinstance(self.config, CostEffConfig)  # the records of a cascade know what its members cost
         return mean_flops(self.config, self.exit_layers, self.records.seq_lengths, self.checked_exits)
 
     @cached_property
@@ -128,7 +145,7 @@ class ReplayedExits:
 class ExitReplay:
     """Replays any number of exit settings on stored logits; each exit is measured once per criterion."""
 
-    def __init__(self, records: ExitLogits, config: CostEffConfig) -> None:
+    def __init__(self, records: ExitLogits, config: ExitingConfig) -> None:
         """Take the logits of all exits and the configuration of the model they come from."""
         self.records, self.config = records, config
         self.problem_type: str = config.resolved_problem_type
@@ -144,7 +161,10 @@ class ExitReplay:
         """Where each row leaves, as [`simulate_exits`] says; `None` is full depth."""
         if settings is None:
             return self.full_depth
-        return ReplayedExits(self.records, self.config, self._exit_index(settings), settings.checked_exits)
+        checked = settings.checked_exits
+        if self.records.member_flops is not None:  # a member that lets nobody leave is not run
+            checked = ExitPlan.make(settings, self.config.exit_layers, self.problem_type).stops
+        return ReplayedExits(self.records, self.config, self._exit_index(settings), checked)
 
     def _exit_index(self, settings: ExitConfig) -> Tensor:
         logits, layers = self.records.logits, self.config.exit_layers
@@ -182,7 +202,7 @@ class ExitReplay:
         return (wrong & ~wrong[:, -1:]).numpy()
 
 
-def stored_settings(config: CostEffConfig) -> ExitConfig:
+def stored_settings(config: ExitingConfig) -> ExitConfig:
     """The exit settings that a model was saved with.
 
     Raises:
