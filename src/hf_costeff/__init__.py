@@ -30,6 +30,7 @@ from .slenderization import SlenderizationPlan, slenderize
 if TYPE_CHECKING:
     from .cascade import load_cascade, make_cascade, save_cascade
     from .compression import compress
+    from .difficulty import difficulty_labels, mark_hard_rows
     from .evaluation import calibrate
     from .export import export_onnx
     from .monitoring import ExitMonitor
@@ -59,9 +60,11 @@ __all__ = [
     "compress",
     "convert_from_stock",
     "convert_to_stock",
+    "difficulty_labels",
     "export_onnx",
     "load_cascade",
     "make_cascade",
+    "mark_hard_rows",
     "predict_texts",
     "save_cascade",
     "slenderize",
@@ -79,9 +82,11 @@ PIPELINE_REGISTRY.register_pipeline(
 _ON_FIRST_USE = {
     "calibrate": "evaluation",
     "compress": "compression",
+    "difficulty_labels": "difficulty",
     "export_onnx": "export",
     "load_cascade": "cascade",
     "make_cascade": "cascade",
+    "mark_hard_rows": "difficulty",
     "save_cascade": "cascade",
     "ExitMonitor": "monitoring",
     "predict_texts": "prediction",
