@@ -29,6 +29,7 @@ from .slenderization import SlenderizationPlan, slenderize
 
 if TYPE_CHECKING:
     from .cascade import load_cascade, make_cascade, save_cascade
+    from .cascade_training import train_cascade
     from .compression import compress
     from .difficulty import difficulty_labels, mark_hard_rows
     from .evaluation import calibrate
@@ -68,6 +69,7 @@ __all__ = [
     "predict_texts",
     "save_cascade",
     "slenderize",
+    "train_cascade",
 ]
 
 AutoConfig.register(CostEffConfig.model_type, CostEffConfig, exist_ok=True)
@@ -88,6 +90,7 @@ _ON_FIRST_USE = {
     "make_cascade": "cascade",
     "mark_hard_rows": "difficulty",
     "save_cascade": "cascade",
+    "train_cascade": "cascade_training",
     "ExitMonitor": "monitoring",
     "predict_texts": "prediction",
     "CostEffTrainer": "trainer",

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .calibration import ExitSearch, choose_exit_config
 from .cascade_costs import member_flops
 from .checksums import fingerprint
+from .configuration_costeff import problem_type_of
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     count_parameters,
@@ -28,9 +29,10 @@ from .efficiency import (
     stock_flops,
 )
 from .exit_criteria import ExitConfig
+from .exit_quality import difficulty_inversion_score
 from .exit_replay import ExitLogits, ExitReplay
 from .markdown import markdown_table
-from .metrics import compute_metrics, default_metric
+from .metrics import METRICS, compute_metrics, default_metric
 from .modeling_cascade import CostEffCascade
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, inference
 from .promises import weights_fingerprint
@@ -157,6 +159,62 @@ def collect_member_logits(
     return ExitLogits(torch.stack(logits, dim=1), _lengths(last), _labels(last), member_flops=torch.stack(flops, dim=1))
 
 
+@dataclass(frozen=True)
+class ExitReliability:
+    """How good an exit is, and how well its confidence tells right answers from wrong ones.
+
+    Args:
+        member: Member of a cascade, counted from 1; 1 for a single model.
+        layer: 1-based layer of the exit; the depth of a stock member.
+        metric: The task metric if every row were answered here.
+        discrimination: [`difficulty_inversion_score`] of these answers, in 0..1.
+    """
+
+    member: int
+    layer: int
+    metric: float
+    discrimination: float | None
+
+
+def exit_reliability(
+    model: PreTrainedModel,
+    dataset: Dataset | Sequence[Dataset],
+    collator: Collator | Sequence[Collator],
+    *,
+    metric: str | None = None,
+    show_progress: bool = True,
+) -> list[ExitReliability]:
+    """Every exit of every member on labelled rows, smallest member and shallowest exit first.
+
+    Args:
+        model: A cascade, a multi-exit model or a stock classifier.
+        dataset: As for [`collect_member_logits`].
+        collator: As for [`collect_member_logits`].
+        metric: See `hf_costeff.metrics.METRICS`; `None`: the default of the problem type.
+        show_progress: Whether to show progress bars.
+    """
+    is_cascade = isinstance(model, CostEffCascade)
+    members = [model.member(index) for index in range(len(model.members))] if is_cascade else [model]
+    orders = model.config.label_positions if is_cascade else [None]
+    datasets = [dataset] * len(members) if isinstance(dataset, Dataset) else dataset
+    collators = [collator] * len(members) if callable(collator) else collator
+    problem_type = problem_type_of(model.config)
+    function = METRICS[problem_type][metric or default_metric(problem_type)]
+    found = []
+    for number, (member, order, rows, pad) in enumerate(
+        zip(members, orders, datasets, collators, strict=True), start=1
+    ):
+        shown = f"Member {number}"
+        records = collect_exit_logits(member, rows, pad, description=shown, show_progress=show_progress)
+        labels = records.known_labels()
+        layers = getattr(member.config, "exit_layers", None) or [member.config.num_hidden_layers]
+        for layer, logits in zip(layers, records.logits.unbind(1), strict=True):
+            said = logits if order is None else logits[:, order]
+            area = difficulty_inversion_score(said, labels, problem_type)
+            found.append(ExitReliability(number, layer, function(said.numpy(), labels), area))
+    return found
+
+
 def calibrate(
     model: CostEffForSequenceClassification | CostEffCascade,
     dataset: Dataset | Sequence[Dataset],
@@ -215,17 +273,7 @@ def calibrate(
     if checked_exits is None and not stored.get("calibration"):
         checked_exits = stored.get("checked_exits")
     search = ExitSearch(criterion, per_exit, fit_temperatures, checked_exits)
-    showing: dict[str, Any] = {"description": "Calibrating", "show_progress": show_progress}
-    if isinstance(model, CostEffCascade):
-        records = collect_member_logits(model, dataset, collator, **showing)
-    elif isinstance(dataset, Dataset) and callable(collator):
-        records = collect_exit_logits(model, dataset, collator, **showing)
-    else:
-        raise TypeError("A single model is calibrated on a single data set. Several are for the members of a cascade.")
-    if guarantee:
-        records = dataclasses.replace(
-            records, row_keys=row_keys(dataset if isinstance(dataset, Dataset) else dataset[-1])
-        )
+    records = _calibration_records(model, dataset, collator, guarantee, show_progress)
     accuracy = "accuracy" if max_accuracy_drop is not None else None
     settings = choose_exit_config(
         records,
@@ -247,6 +295,24 @@ def calibrate(
         _warn_if_dearer(settings)
     model.config.exit_config = settings.to_dict()
     return settings
+
+
+def _calibration_records(
+    model: CostEffForSequenceClassification | CostEffCascade,
+    dataset: Dataset | Sequence[Dataset],
+    collator: Collator | Sequence[Collator],
+    guarantee: bool,
+    show_progress: bool,
+) -> ExitLogits:
+    showing: dict[str, Any] = {"description": "Calibrating", "show_progress": show_progress}
+    if isinstance(model, CostEffCascade):
+        records = collect_member_logits(model, dataset, collator, **showing)
+    elif isinstance(dataset, Dataset) and callable(collator):
+        records = collect_exit_logits(model, dataset, collator, **showing)
+    else:
+        raise TypeError("A single model is calibrated on a single data set. Several are for the members of a cascade.")
+    rows = dataset if isinstance(dataset, Dataset) else dataset[-1]
+    return dataclasses.replace(records, row_keys=row_keys(rows)) if guarantee else records
 
 
 def _warn_if_dearer(settings: ExitConfig) -> None:

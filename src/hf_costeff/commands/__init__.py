@@ -2,6 +2,7 @@
 
 from .benchmark import BENCHMARK
 from .calibrate import CALIBRATE
+from .cascade import CASCADE_CALIBRATE, CASCADE_PREDICT, CASCADE_TRAIN
 from .command import Command
 from .compress import COMPRESS
 from .export import EXPORT
@@ -10,7 +11,11 @@ from .push import PUSH
 from .report import REPORT
 
 COMMANDS: dict[str, Command] = {
-    command.name: command for command in (COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH)
+    command.name: command
+    for command in (
+        *(COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH),
+        *(CASCADE_TRAIN, CASCADE_CALIBRATE, CASCADE_PREDICT),
+    )
 }
 
 __all__ = ["COMMANDS", "Command"]

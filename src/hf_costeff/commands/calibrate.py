@@ -103,12 +103,13 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
         tokenizer.save_pretrained(folder)
     seen = settings.calibration or {}
     return (
-        f"Saved in {folder}: {settings.criterion} criterion with {_limit(settings)}. {describe_seen(seen)}"
-        f"{_promise(seen)}"
+        f"Saved in {folder}: {settings.criterion} criterion with {describe_limit(settings)}. {describe_seen(seen)}"
+        f"{describe_what_holds(seen)}"
     )
 
 
-def _limit(settings: ExitConfig) -> str:
+def describe_limit(settings: ExitConfig) -> str:
+    """Thresholds or patience of exit settings, and the exits they check."""
     limits = {"limit": settings.threshold, "patience": settings.patience, "tolerance": settings.tolerance}
     parts = [f"{name} {_numbers(value)}" for name, value in limits.items() if value is not None]
     if settings.checked_exits is not None:
@@ -122,7 +123,8 @@ def _numbers(value: float | Sequence[float]) -> str:
     return f"{', '.join(f'{number:g}' for number in value)} (one per exit)"
 
 
-def _promise(seen: dict[str, Any]) -> str:
+def describe_what_holds(seen: dict[str, Any]) -> str:
+    """What a calibration promised, or why it promised nothing; empty if it was not asked to."""
     if reason := seen.get("no_promise"):
         return f" Nobody leaves early, because nothing can be promised. {reason}"
     return f" {describe_promise(seen['promise'])}" if "promise" in seen else ""
