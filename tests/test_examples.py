@@ -22,6 +22,7 @@ from transformers import (
 
 import batch_prediction
 import calibrate_model
+import cascade
 import compress_checkpoint
 import demo
 import export_onnx
@@ -84,7 +85,16 @@ def loads_and_leaves_early(folder) -> bool:
     return model.predict(**batch, early_exit=True).exit_layer.shape == (len(TEXTS),)
 
 
-EXAMPLES = [batch_prediction, calibrate_model, compress_checkpoint, export_onnx, lora, push, train_with_trainer]
+EXAMPLES = [
+    batch_prediction,
+    calibrate_model,
+    cascade,
+    compress_checkpoint,
+    export_onnx,
+    lora,
+    push,
+    train_with_trainer,
+]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.__name__)
@@ -168,6 +178,16 @@ def test_budgets_are_compared_and_one_is_saved(slim, monkeypatch, capsys):
     assert loads_and_leaves_early(slim)
     saved = AutoModelForSequenceClassification.from_pretrained(slim).config.exit_config
     assert saved["calibration"]["goal"] == {"max_accuracy_drop": 50}
+
+
+def test_a_cascade_is_trained_calibrated_and_asked_on_the_generated_corpus(tmp_path, monkeypatch, capsys):
+    few = {"rows": [120], "epochs": [0.5], "folds": [2], "target_speedup": [1.1]}
+    run(monkeypatch, cascade, output_dir=[tmp_path], **few)
+    printed = capsys.readouterr().out
+    assert "member 2: accuracy" in printed and "hard for the smallest" in printed
+    assert printed.count(" by member ") == 3 and "Counter(" in printed
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert saved.config.exit_config["calibration"]["goal"] == {"target_speedup": 1.1}
 
 
 def test_an_adapter_is_trained_and_merged(slim, monkeypatch, capsys):
