@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    EvalPrediction,
     PreTrainedConfig,
     PreTrainedModel,
     set_seed,
@@ -24,44 +22,43 @@ from transformers.utils import logging
 
 from .cascade import make_cascade, save_cascade
 from .cascade_costs import classifier_flops
+from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
 from .checksums import fingerprint, fingerprint_of
-from .compression import load_config
 from .configuration_cascade import FEWEST_MEMBERS
 from .configuration_costeff import problem_type_of
 from .conversion import longest_text
 from .data import DataArguments, PreparedData, make_collator, prepare_data
 from .difficulty import HARD, RIGHT_FILE, RULES, Difficulty, check_hard_rows, difficulty_labels, mark_hard_rows
-from .distillation import bf16_pays, prepared, training_arguments
+from .distillation import bf16_pays, log_to_stderr, prepared, training_arguments
 from .efficiency import PAPER_SEQ_LENGTH
 from .evaluation import ExitReliability, exit_reliability
 from .exit_criteria import REGRESSION
-from .losses import difficulty_loss, task_loss
-from .metrics import compute_metrics, default_metric
+from .losses import difficulty_loss
+from .metrics import default_metric
 from .stages import StageStore
-from .trainer import ResumableTrainer
+from .trainer import TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
 
 
-class MemberTrainer(ResumableTrainer):
+class MemberTrainer(TeacherTrainer):
     """Fine-tunes a stock classifier on true labels, with difficulty-aware regularisation where its weight is above 0.
 
     Args:
         model: A stock sequence classifier. A model of this package has [`CostEffTrainer`].
-        args: [`CostEffTrainingArguments`], of which the task loss and the difficulty count.
+        args: [`CostEffTrainingArguments`], of which class weights and the difficulty count.
         **kwargs: Everything else upstream's `Trainer` takes.
 
     Raises:
         ValueError: If difficulty has a weight and the training rows no marks, see [`check_hard_rows`].
     """
 
-    loss_is_scaled_for_ga = False  # a mean over its batch
     args: CostEffTrainingArguments
     _signature_columns: list[str] | None
 
     def __init__(self, model: PreTrainedModel, args: CostEffTrainingArguments, **kwargs: Any) -> None:
-        super().__init__(model, args, **{"compute_metrics": self._default_metrics, **kwargs})
+        super().__init__(model, args, class_weights=args.class_weights, **kwargs)
         self.problem_type = problem_type_of(model.config)
         if args.difficulty_weight:
             check_hard_rows(self.train_dataset, self.problem_type)
@@ -78,19 +75,12 @@ class MemberTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task loss, plus the weighted difficulty loss of marked rows, and the model's outputs if asked for."""
-        labels, hard = inputs.pop("labels"), inputs.pop(HARD, None)
-        outputs = model(**inputs)
-        weights = self.args.class_weights
-        class_weights = None if weights is None else torch.tensor(weights, device=labels.device)
-        smoothing = self.args.label_smoothing_factor
-        loss = task_loss([outputs.logits], labels, self.problem_type, class_weights, smoothing)
+        hard = inputs.pop(HARD, None)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if hard is not None and self.args.difficulty_weight:
             part = difficulty_loss([outputs.logits], hard, self.problem_type, self.args.difficulty_margin)
             loss = loss + self.args.difficulty_weight * part
         return (loss, outputs) if return_outputs else loss
-
-    def _default_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
-        return compute_metrics(evaluation.predictions, evaluation.label_ids, self.problem_type)
 
 
 @dataclass
@@ -187,13 +177,13 @@ class _CascadeRun:
         self.names = sorted(arguments.models, key=lambda name: classifier_flops(configs[name], PAPER_SEQ_LENGTH))
         if self.names != arguments.models:
             logger.warning(f"The members are put in the order of their cost: {', '.join(self.names)}.")
-        self.tokenizers = [AutoTokenizer.from_pretrained(name) for name in self.names]
+        self.tokenizers = [load_tokenizer(name) for name in self.names]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = bf16_pays(self.device)
         self.hard_share: float | None = None
 
     def run(self) -> CascadeResult:
-        loaded = [self._load(name) for name in self.names]
+        loaded = [load_unfinished_classifier(name, dtype=torch.float32) for name in self.names]
         finished = [model for model, missing in loaded if not missing]
         self.label_config = finished[-1].config if finished else None
         self.data = [
@@ -212,13 +202,6 @@ class _CascadeRun:
         exits = exit_reliability(cascade.to(self.device), rows, collators, metric=metric)
         return CascadeResult(Path(self.arguments.output_dir), metric, exits, self.hard_share)
 
-    def _load(self, name: str) -> tuple[PreTrainedModel, set[str]]:
-        """The model, and the names of the weights that its checkpoint has not: those of the head, if any."""
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-        return model, set(report["missing_keys"])
-
     def _prepare(self, model: PreTrainedModel, tokenizer: Any) -> PreparedData:
         return prepare_data(
             self.data_arguments if self.dataset is None else self.dataset,
@@ -228,7 +211,7 @@ class _CascadeRun:
             max_positions=longest_text(model.config),
         )
 
-    def _settings(self, loaded: list[tuple[PreTrainedModel, set[str]]]) -> dict[str, Any]:
+    def _settings(self, loaded: list[tuple[PreTrainedModel, list[str]]]) -> dict[str, Any]:
         values = {name: value for name, value in vars(self.arguments).items() if name != "output_dir"}
         bodies = [fingerprint_of(model, without=missing) for model, missing in loaded]
         raw = fingerprint(repr(row) for split in self.data[0].raw.values() for row in split)
@@ -301,5 +284,6 @@ class _CascadeRun:
             train_dataset=rows,
             data_collator=make_collator(self.tokenizers[number - 1]),
         )
+        log_to_stderr(trainer)
         trainer.train(resume_from_checkpoint=True)
         return trainer.model

@@ -8,7 +8,7 @@ from ..calibration import describe_seen
 from ..cascade import load_cascade, save_cascade
 from ..cascade_training import CascadeArguments, train_cascade
 from ..conversion import longest_text
-from ..data import DataArguments, make_collator, prepare_split
+from ..data import DataArguments, SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from .calibrate import CalibrationArguments, describe_limit, describe_what_holds
 from .command import Command, writable_folder
@@ -47,7 +47,7 @@ def run_train(wanted: CascadeArguments, data: DataArguments) -> str:
     )
 
 
-def run_calibrate(wanted: CascadeCalibrationArguments, data: DataArguments) -> str:
+def run_calibrate(wanted: CascadeCalibrationArguments, data: SplitArguments) -> str:
     """Choose the cascade's thresholds, save them, and say what was seen and promised."""
     folder = writable_folder(wanted.model, wanted.output_dir)
     cascade, tokenizers = load_cascade(wanted.model)
@@ -95,7 +95,7 @@ CASCADE_TRAIN = Command(
 CASCADE_CALIBRATE = Command(
     "cascade calibrate",
     "choose a cascade's thresholds on held-out rows",
-    (CascadeCalibrationArguments, DataArguments),
+    (CascadeCalibrationArguments, SplitArguments),
     run_calibrate,
     first="model",
 )
