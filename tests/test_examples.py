@@ -255,7 +255,7 @@ def test_the_demo_goes_on_after_a_kill_and_the_commands_of_the_quickstart_work_o
     calls = [
         words for words in commands(ROOT / "docs" / "quickstart.md") if any("build/demo" in word for word in words)
     ]
-    assert {words[0] for words in calls} == set(COMMANDS)
+    assert {words[0] for words in calls} == {name for name in COMMANDS if " " not in name}  # cascades have a page
     for words in calls:
         monkeypatch.setattr(sys, "stdin", io.StringIO('"the plot is witty, but the ending ruins it."\n'))
         assert words[0] == "push" or main(words) == 0, words
