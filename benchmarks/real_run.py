@@ -2,8 +2,9 @@
 
     python benchmarks/real_run.py --task sst2 --data DIR --models DIR [--seed 42] [--recipe fast]
 
-`--data` is a folder with the GLUE tasks as `nyu-mll/glue` has them, `--models` one with `all-minilm-l6-v2` and
-`minilm-l6-sst2`. The run is resumable; its row goes to benchmarks/results/<task>-<recipe>-<seed>.json.
+`--data` is a folder with the GLUE tasks as `nyu-mll/glue` has them, or for clinc150 one with its rows; `--models` one
+with `all-minilm-l6-v2` and `minilm-l6-sst2`. The run is resumable; its row goes to
+benchmarks/results/<task>-<recipe>-<seed>.json.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hf_costeff.exit_replay import ExitLogits, ExitReplay
 from hf_costeff.metrics import METRICS, paired_bootstrap
 
 PAPER_RATIO = 19
+TASKS = ("sst2", "mrpc", "cola", "rte", "stsb", "qnli", "mnli", "clinc150")
 METRIC = {"mrpc": "f1", "cola": "matthews", "stsb": "spearman"}
 SPLITS = {
     "sst2": {"train_split": "train_disjoint", "calibration_split": "calibration"},
@@ -35,7 +37,7 @@ SPLITS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=["sst2", "mrpc", "cola", "rte", "stsb", "qnli", "mnli"])
+    parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--data", required=True)
     parser.add_argument("--models", required=True)
     parser.add_argument(
@@ -51,7 +53,7 @@ def main() -> None:
     name = f"{given.task}-{given.recipe}-{given.seed}"
     default_teacher = "minilm-l6-sst2" if given.task == "sst2" else "all-minilm-l6-v2"
     options = {
-        "dataset_config": given.task,
+        "dataset_config": None if given.task == "clinc150" else given.task,
         "metric": METRIC.get(given.task, "accuracy"),
         "recipe": given.recipe,
         "compression": given.compression,

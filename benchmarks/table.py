@@ -24,6 +24,7 @@ def main() -> None:
         "seeds": seeds_table(),
         "clock": clock_table(),
         "ablations": ablation_table(),
+        "peers": peers_table(),
     }
     text = PAGE.read_text()
     for name, table in tables.items():
@@ -133,6 +134,37 @@ def ablation_table() -> str:
                 f"| {found[0]['parameters']:,} |"
             )
     return "\n".join(lines)
+
+
+def peers_table() -> str:
+    """Times over the teacher's in torch float32, each round over its own; quartiles in brackets."""
+    found = json.loads((HERE / "results" / "peers.json").read_text())
+    rows = [
+        [
+            name,
+            f"{row['accuracy']:.4f}",
+            *(_times_as_fast(row[how]["times_as_fast_as_the_teacher"]) for how in ("batch 1", "batch 32", "offline")),
+            f"{row['batch 1']['ms_per_text']:.2f} / {row['batch 32']['ms_per_text']:.2f}",
+            f"{row['mb_on_disk']:.1f}",
+            f"{row['added_memory_mb']:.0f}",
+        ]
+        for name, row in found["contenders"].items()
+    ]
+    header = [
+        "",
+        "accuracy",
+        "batch 1",
+        "batch 32",
+        "offline",
+        "ms per text, batch 1 / 32",
+        "MB on disk",
+        "MB of memory",
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def _times_as_fast(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f})"
 
 
 def spread(rows: list[dict], key: str, digits: int = 4) -> str:

@@ -19,8 +19,6 @@ from hf_costeff.benchmarking import (
     BenchmarkGrid,
     Measurement,
     benchmark,
-    choose_exits,
-    expected_ms,
     rows_of_length,
 )
 from hf_costeff.cli import main
@@ -133,8 +131,6 @@ def test_int8_is_the_export_and_is_measured_on_the_cpu_alone():
     assert found[1].mean_exit_layer == 4 > found[2].mean_exit_layer
     with pytest.raises(ValueError, match="int8 needs a collator with a tokenizer"):
         benchmark(slim(), tiny_bert(), token_rows(8), lambda rows: make_collator(word_tokenizer())(rows), grid)
-    with pytest.raises(ValueError, match="`precisions` begins with int8"):
-        choose_exits(slim(), token_rows(4), make_collator(word_tokenizer()), grid)
 
 
 def test_the_longest_text_counts_positions_before_the_first_word():
@@ -214,59 +210,6 @@ def test_charts_need_labels_and_exits_to_show(tmp_path):
     assert not (tmp_path / "metric_by_speed.png").exists() and not (tmp_path / "exits.png").exists()
 
 
-# --- which exits pay
-
-
-def chosen(monkeypatch, question_ms: float, **settings: Any) -> tuple[Any, ExitConfig]:
-    monkeypatch.setattr(benchmarking, "_times_of_parts", lambda *anything: ([1.0, 1.0, 1.0, 1.0], question_ms))
-    model = tiny_model(seed=3, exit_config={"threshold": 0.5, **settings})
-    return model, choose_exits(model, token_rows(60), make_collator(word_tokenizer()), SMALL)
-
-
-def test_exits_that_cost_nothing_are_all_kept(monkeypatch):
-    assert chosen(monkeypatch, 0.0)[1].checked_exits == [1, 2, 3]
-
-
-def test_exits_that_cost_more_than_the_model_are_all_left_out(monkeypatch):
-    model, kept = chosen(monkeypatch, 100.0, calibration={"rows": 5}, temperatures=2.0)
-    assert kept == ExitConfig(threshold=0.5, checked_exits=[], temperatures=2.0)
-    assert model.config.exit_config == kept.to_dict()
-
-
-@pytest.mark.parametrize("question_ms", [0.1, 0.5, 1.5])
-def test_no_single_exit_more_or_less_would_be_faster(monkeypatch, question_ms):
-    model, kept = chosen(monkeypatch, question_ms)
-    rows = token_rows(60)
-
-    def cost(checked: list[int]) -> float:
-        """By predicting row by row and adding up."""
-        settings, total = ExitConfig(threshold=0.5, checked_exits=checked), 0.0
-        for row in rows:
-            layer = int(model.predict(torch.tensor([row["input_ids"]]), early_exit=settings).exit_layer)
-            total += layer + question_ms * sum(exit <= layer for exit in checked)
-        return total / len(rows)
-
-    best = cost(kept.checked_exits)
-    for left_out in kept.checked_exits:
-        assert cost([layer for layer in kept.checked_exits if layer != left_out]) > best - 1e-9
-    assert best <= cost([1, 2, 3]) + 1e-9
-
-
-def test_only_exits_that_were_checked_before_are_kept(monkeypatch):
-    assert set(chosen(monkeypatch, 0.0, checked_exits=[2])[1].checked_exits) <= {2}
-
-
-def test_time_is_added_up_layer_by_layer():
-    layers = torch.tensor([2, 3, 3])
-    assert expected_ms(layers, [], [1.0, 2.0, 4.0], 9.0) == pytest.approx((3 + 7 + 7) / 3)
-    assert expected_ms(layers, [1, 2], [1.0, 2.0, 4.0], 0.5) == pytest.approx((3 + 7 + 7) / 3 + 1)
-
-
-def test_the_parts_are_really_timed():
-    model = slim()
-    assert set(choose_exits(model, token_rows(8), make_collator(word_tokenizer()), SMALL).checked_exits) <= {1, 2, 3}
-
-
 # --- what is refused
 
 
@@ -294,11 +237,6 @@ def test_a_length_or_device_that_is_not_there_is_refused():
         benchmark(*others, BenchmarkGrid(devices=["cuda:77"], lengths=[0]))
 
 
-def test_exits_cannot_be_chosen_before_a_threshold():
-    with pytest.raises(ValueError, match="no exit settings"):
-        choose_exits(tiny_model(), token_rows(4), make_collator(word_tokenizer()), SMALL)
-
-
 # --- the command
 
 
@@ -323,7 +261,7 @@ def test_the_command_prints_the_table_and_stores_the_exits(folders, tmp_path, ca
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "Give --teacher, or --choose_exits"), (["--choose_exits", "--threads", "0"], "`threads`")],
+    [([], "Give --teacher, or --choose_exits"), (["--choose_exits", "--threads", "0"], "`--threads`")],
 )
 def test_a_mistake_in_the_call_is_named(folders, capsys, words, message):
     assert main(["benchmark", *folders, *words]) == 1

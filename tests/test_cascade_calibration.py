@@ -13,8 +13,8 @@ from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import CostEffCascade, ExitConfig, calibrate, evaluation
 from hf_costeff.cascade_costs import cascade_flops
 from hf_costeff.data import make_collator
-from hf_costeff.evaluation import collect_member_logits
-from hf_costeff.exit_replay import ExitReplay
+from hf_costeff.evaluation import collect_member_logits, row_keys
+from hf_costeff.exit_replay import ExitReplay, ExitTimes
 
 INNER = ExitConfig(threshold=0.6).to_dict()
 COLLATOR = make_collator(word_tokenizer())
@@ -143,10 +143,30 @@ def test_data_sets_that_do_not_fit_are_refused(cascade, rows):
     for datasets in ([rows] * 2, [rows, rows, rows.select(range(9))]):
         with pytest.raises(ValueError, match="one per member"):
             calibrate(cascade, datasets, COLLATOR, target_speedup=2, show_progress=False)
-    with pytest.raises(TypeError, match="single data set"):
-        calibrate(tiny_model(), [rows], COLLATOR, target_speedup=2, show_progress=False)
+    with pytest.raises(ValueError, match="2 collators for a single model"):
+        calibrate(tiny_model(), rows, [COLLATOR] * 2, target_speedup=2, show_progress=False)
     with pytest.raises(ValueError, match="has no exits to calibrate"):
         calibrate(tiny_bert(), rows, COLLATOR, target_speedup=2, show_progress=False)
+
+
+def test_a_time_is_refused_because_members_have_none(cascade, rows):
+    with pytest.raises(ValueError, match=r"`max_latency_ms` is given for a cascade.*`target_speedup`"):
+        calibrate(cascade, rows, COLLATOR, max_latency_ms=5, show_progress=False)
+    times = ExitTimes([1.0, 2.0, 3.0], 0.1, batch_size=1, threads=1, precision="float32", hardware={})
+    for goal in ({"max_latency_ms": 5}, {"target_speedup": 2}):
+        with pytest.raises(ValueError, match="`exit_times` is given for a cascade"):
+            calibrate(cascade, rows, COLLATOR, exit_times=times, show_progress=False, **goal)
+
+
+def test_rows_that_the_last_member_may_have_seen_come_with_a_warning(cascade, rows, caplog):
+    """Each member reads the rows with a tokenizer of its own; the keys are of the last one's."""
+    shorter = rows.map(lambda row: {"input_ids": row["input_ids"][:1], "attention_mask": [1]})
+    for trained, warned in ((row_keys(shorter, ["input_ids"]), False), (row_keys(rows, ["input_ids"])[:9], True)):
+        with caplog.at_level(logging.WARNING, logger="hf_costeff"):
+            calibrate(
+                cascade, [shorter, rows, rows], COLLATOR, max_disagreement=9, trained_keys=trained, show_progress=False
+            )
+        assert ("of 240 calibration rows have texts that the model was trained on" in caplog.text) == warned
 
 
 def test_a_speedup_beyond_the_first_member_is_refused(cascade, rows):

@@ -181,7 +181,7 @@ def test_one_model_is_no_cascade(checkpoints):
         arguments(checkpoints, "small")
 
 
-def test_the_commands_train_calibrate_and_predict(checkpoints, monkeypatch, capsys):
+def test_the_commands_train_calibrate_and_predict(checkpoints, caplog, capsys):
     folder = str(checkpoints / "cascade")
     files = ["--train_file", str(checkpoints / "train.csv"), "--validation_file", str(checkpoints / "held_out.csv")]
     flags = [word for name, value in FAST.items() for word in (f"--{name}", str(value))]
@@ -189,6 +189,9 @@ def test_the_commands_train_calibrate_and_predict(checkpoints, monkeypatch, caps
     assert main(["cascade", "train", *models, *files, *flags, "--output_dir", folder]) == 0
     printed = capsys.readouterr().out
     assert "| member | layer | accuracy | DIS |" in printed and "are hard for the smallest" in printed
+    trained = ["--validation_file", str(checkpoints / "train.csv")]
+    assert main(["cascade", "calibrate", folder, *trained, "--max_disagreement", "50"]) == 0
+    assert "of 80 calibration rows have texts that the model was trained on" in caplog.text
     held_out = ["--validation_file", str(checkpoints / "held_out.csv")]
     assert main(["cascade", "calibrate", folder, *held_out, "--max_megaflops", "0.05", "--no_fit_temperatures"]) == 0
     assert "Saved in" in capsys.readouterr().out

@@ -11,7 +11,9 @@ from transformers import AutoModelForSequenceClassification, GPT2Config
 from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import ExitConfig
 from hf_costeff.cli import COMMANDS, main
+from hf_costeff.model_card import write_model_card
 from hf_costeff.promises import weights_fingerprint
+from test_model_card import make_report
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,7 +170,7 @@ def test_calibrate_chooses_a_threshold_and_saves_it_with_the_model(slim, files, 
     settings = ExitConfig.from_dict(model.config.exit_config)
     assert settings.calibration["goal"] == {"target_speedup": 1.2} and settings.calibration["rows"] == 20
     out = capsys.readouterr().out
-    assert f"Saved in {slim}: entropy criterion with limit {settings.threshold:g}. On 20 held-out rows" in out
+    assert f"Saved in {slim}: entropy criterion with threshold {settings.threshold:g}. On 20 held-out rows" in out
     assert f"{settings.calibration['speedup_over_full_depth']:.2f}x fewer FLOPs" in out
     inputs = word_tokenizer()(["the film was good"], return_tensors="pt")
     assert 1 <= model.predict(**inputs, early_exit=True).exit_layer.item() <= 4
@@ -192,7 +194,7 @@ def test_calibrate_states_its_promise_and_for_which_weights(slim, files, capsys)
     out = capsys.readouterr().out
     settings = calibrated(slim)
     promise = settings.calibration["promise"]
-    assert f"margin criterion with limit {settings.threshold:g}." in out
+    assert f"margin criterion with threshold {settings.threshold:g}." in out
     assert "Promised for new rows of the same kind, with probability 0.8: for at most 60.00% of them the early" in out
     assert f"tested on 14 rows, of which {promise['flips']} lost." in out
     model = AutoModelForSequenceClassification.from_pretrained(slim)
@@ -234,10 +236,63 @@ def test_calibrate_may_save_elsewhere(slim, files, tmp_path):
     assert (tmp_path / "new" / "tokenizer.json").exists()
 
 
+def test_calibrate_keeps_a_latency_that_was_measured_here(slim, files, capsys):
+    assert main(["calibrate", slim, *files, "--max_latency_ms", "1000", "--batch_size", "2"]) == 0
+    seen = calibrated(slim).calibration
+    assert seen["goal"] == {"max_latency_ms": 1000.0} and seen["mean_exit_layer"] == 4.0  # no need to leave early
+    assert 0 < seen["timed"]["ms_per_text"] == seen["timed"]["full_depth_ms"] < 1000
+    assert (seen["timed"]["batch_size"], seen["timed"]["threads"], seen["timed"]["precision"]) == (2, 1, "float32")
+    assert "ms per text on average" in (out := capsys.readouterr().out) and "(batch 2, threads 1, float32)" in out
+
+
+def test_calibrate_reaches_a_speed_up_in_time_only_when_asked_to(slim, files):
+    assert main(["calibrate", slim, *files, "--target_speedup", "1"]) == 0
+    assert "timed" not in calibrated(slim).calibration
+    assert main(["calibrate", slim, *files, "--target_speedup", "1", "--measured"]) == 0
+    assert calibrated(slim).calibration["timed"]["batch_size"] == 1
+
+
+def test_calibrate_drops_the_figures_that_belong_to_the_replaced_settings(slim, files, tmp_path):
+    report = make_report()
+    (tmp_path / "slim" / "efficiency.json").write_text(json.dumps(report))
+    for name in ("SUMMARY.md", "pareto.png"):
+        (tmp_path / "slim" / name).write_text("87% with early exit")
+    write_model_card(slim, "slim")
+    assert "| slim, early exit |" not in (tmp_path / "slim" / "README.md").read_text()  # no settings were stored yet
+    copy = tmp_path / "new"
+    for flags, folder in ((["--output_dir", str(copy)], copy), ([], tmp_path / "slim")):
+        assert main(["calibrate", slim, *files, "--max_metric_drop", "1", *flags]) == 0
+        kept = json.loads((folder / "efficiency.json").read_text())
+        assert [row["name"] for row in kept["rows"]] == ["teacher", "assistant", "slim, full depth"]
+        assert kept["exit_config"] is None and kept["classes"] == [] and kept["stages"] == report["stages"]
+        assert not (folder / "SUMMARY.md").exists() and not (folder / "pareto.png").exists()
+        card = (folder / "README.md").read_text()
+        assert f"# {folder.name}" in card and "The exit settings were replaced after these measurements" in card
+        assert "On 20 held-out rows" in card and "87" not in card.split("| slim, full depth |")[0]
+        assert (tmp_path / "slim" / "SUMMARY.md").exists() == (folder == copy)  # a copy leaves the model as it was
+    assert main(["calibrate", slim, *files, "--max_metric_drop", "2"]) == 0  # and once more
+
+
+def test_calibrate_keeps_a_card_that_somebody_wrote(slim, files, tmp_path):
+    (tmp_path / "slim" / "README.md").write_text("my own words")
+    (tmp_path / "slim" / "efficiency.json").write_text(json.dumps(make_report()))
+    assert main(["calibrate", slim, *files, "--max_metric_drop", "1", "--output_dir", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "README.md").read_text() == "my own words"
+
+
+def test_calibrate_asks_for_a_goal_before_it_looks_for_the_model(capsys):
+    assert main(["calibrate", "--model", "nowhere"]) == 1
+    assert "Give exactly one of `--max_accuracy_drop`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ([], "Give exactly one"),
+        (["--max_latency_ms", "0"], "`--max_latency_ms` is 0.0. It must be above 0"),
+        (["--max_latency_ms", "1e-9"], "A mean latency of 1e-09 ms cannot be reached"),
+        (["--max_latency_ms", "1", "--threads", "0"], "`--threads` is 0. It must be at least 1"),
+        (["--max_latency_ms", "1", "--max_disagreement", "1"], "Give exactly one"),
         (["--max_metric_drop", "1", "--target_speedup", "2"], "Give exactly one"),
         (["--target_speedup", "500"], "A speed-up of 500 cannot be reached"),
         (["--max_metric_drop", "1", "--guarantee"], "A guarantee is asked for `--max_metric_drop`, and there is none"),

@@ -26,10 +26,12 @@ from transformers import (
 import hf_costeff.compression
 from helpers import sentence_rows, tiny_bert, word_tokenizer
 from hf_costeff import CostEffForSequenceClassification, compress
+from hf_costeff.columns import Columns
 from hf_costeff.compression import Compression, answers
 from hf_costeff.compression_args import CompressionArguments
-from hf_costeff.data import DataArguments
+from hf_costeff.data import DataArguments, make_collator, tokenize
 from hf_costeff.efficiency import count_parameters, full_depth_flops, stock_flops
+from hf_costeff.evaluation import calibrate
 from hf_costeff.recipes import RECIPES, Phase, Recipe
 from hf_costeff.report import CompressionResult
 from loopback_hub import LoopbackHub, run_python
@@ -38,7 +40,7 @@ WIDE = {"num_labels": 2, "hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 LABELS = {"id2label": {0: "dull", 1: "bright"}, "label2id": {"dull": 0, "bright": 1}}
 
 
-def few_steps(rows: int, num_attention_heads: int) -> Recipe:
+def few_steps(rows: int, num_attention_heads: int, num_labels: int = 2) -> Recipe:
     """Every phase of a run, a few steps each."""
     return Recipe(
         name="fast",
@@ -112,8 +114,21 @@ def test_the_output_folder_holds_everything_a_user_needs(finished):
         "pareto.png",
     } <= names
     stages = sorted(path.name for path in (finished.model_path / "stages").iterdir())
-    assert stages == sorted([*STAGES, "run.json"])  # nothing half-done is left
+    assert stages == sorted([*STAGES, "run.json", "train_keys.npy"])  # nothing half-done is left
     assert not [path for path in finished.model_path.rglob("*") if path.suffix in (".bin", ".pickle", ".pkl")]
+
+
+def test_calibrating_knows_the_texts_that_the_run_was_trained_on(finished, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_costeff.evaluation.logger.warning", said.append)
+    model = CostEffForSequenceClassification.from_pretrained(finished.model_path)
+    columns, data = Columns(("text",), "label"), make_data()
+    for texts in (data["train"].select(range(30)), data["held"]):
+        rows = tokenize(texts.rename_column("label", "labels"), word_tokenizer(), columns, 24)
+        calibrate(model, rows, make_collator(word_tokenizer()), target_speedup=1.0, fit_temperatures=False)
+    shared = len(set(data["held"]["text"]) & set(data["train"]["text"]))
+    assert said[0].startswith("30 of 30 calibration rows have texts that the model was trained on")
+    assert len(said) == 1 + bool(shared)
 
 
 def test_the_model_reloads_by_its_auto_class_and_leaves_early(finished, teacher):

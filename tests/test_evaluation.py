@@ -8,7 +8,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import DataCollatorWithPadding
 
 from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
-from hf_costeff import ExitConfig
+from hf_costeff import CostEffForSequenceClassification, ExitConfig
 from hf_costeff.efficiency import cumulative_flops, stock_flops
 from hf_costeff.evaluation import (
     Contender,
@@ -21,6 +21,7 @@ from hf_costeff.evaluation import (
     row_keys,
 )
 from hf_costeff.promises import weights_fingerprint
+from hf_costeff.stages import StageStore
 
 COLLATOR = DataCollatorWithPadding(word_tokenizer(), pad_to_multiple_of=8)
 SINGLE = "single_label_classification"
@@ -154,6 +155,31 @@ def test_an_accuracy_goal_looks_at_accuracy_whatever_the_default_metric_is(rows)
 def test_a_stock_classifier_cannot_be_calibrated(rows):
     with pytest.raises(ValueError, match=r"BertForSequenceClassification has no exits to calibrate. Compress it first"):
         calibrate(tiny_bert(), rows, COLLATOR, max_metric_drop=1.0)
+
+
+def test_what_no_rows_could_serve_is_refused_before_the_model_runs(rows, monkeypatch):
+    monkeypatch.setattr("hf_costeff.evaluation.collect_exit_logits", lambda *given, **more: pytest.fail("it ran"))
+    for goal in ({}, {"max_metric_drop": 1.0, "metric": "bleu"}, {"max_latency_ms": 1.0}, {"target_speedup": -1.0}):
+        with pytest.raises(ValueError):
+            calibrate(tiny_model(), rows, COLLATOR, **goal)
+
+
+def test_rows_that_the_model_was_trained_on_are_told(rows, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_costeff.evaluation.logger.warning", said.append)
+    trained = row_keys(rows.select([1, 5, 6]), ["input_ids"])
+    relabelled = rows.map(lambda row: {"labels": (row["labels"] + 1) % 3})  # the text counts
+    calibrate(tiny_model(), relabelled, COLLATOR, max_metric_drop=1.0, trained_keys=trained, show_progress=False)
+    assert len(said) == 1 and said[0].startswith("3 of 23 calibration rows have texts that the model was trained on")
+    tiny_model().save_pretrained(tmp_path)
+    StageStore(tmp_path / "run", {}).keep_train_keys(trained)
+    (tmp_path / "run" / "stages").rename(tmp_path / "stages")
+    model = CostEffForSequenceClassification.from_pretrained(tmp_path)  # its run wrote them down
+    calibrate(model, rows, COLLATOR, max_metric_drop=1.0, show_progress=False)
+    assert len(said) == 2 and said[1] == said[0]
+    calibrate(model, rows.select([0, 2, 3, 4, 7, 8, 9] * 3), COLLATOR, max_metric_drop=1.0, show_progress=False)
+    calibrate(tiny_model(), rows, COLLATOR, max_metric_drop=1.0, show_progress=False)  # nobody knows
+    assert len(said) == 2
 
 
 def test_calibrating_without_labels_or_with_two_goals_leaves_the_model_as_it_was(rows):

@@ -39,9 +39,9 @@ from test_readme import ROOT, commands
 TEXTS = ("a gripping film.", "the soup was not fresh.")
 
 
-def recipe_of_few_steps(rows: int, num_attention_heads: int) -> Recipe:
+def recipe_of_few_steps(rows: int, num_attention_heads: int, num_labels: int) -> Recipe:
     """The fast recipe with every phase cut to two steps."""
-    recipe = fast_recipe(rows, num_attention_heads)
+    recipe = fast_recipe(rows, num_attention_heads, num_labels)
     phases = {name: value for name, value in vars(recipe).items() if isinstance(value, Phase)}
     cut = {name: dataclasses.replace(phase, min_steps=0, max_steps=2) for name, phase in phases.items()}
     return dataclasses.replace(recipe, **cut, events=1, importance_rows=32)

@@ -17,10 +17,10 @@ from hf_costeff.exit_quality import (
     exit_qualities,
     expected_calibration_error,
     flipped_rows,
-    length_outcomes,
     reliability,
 )
 from hf_costeff.exit_replay import ExitLogits, ExitReplay
+from hf_costeff.group_outcomes import length_outcomes
 
 TWO = tiny_config(num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=2)
 THREE_CLASSES = tiny_config(num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=3)
@@ -149,7 +149,7 @@ def test_damage_by_length_equals_a_plain_count(config):
                 right[name] += bool((said == label).all())
         assert group.rows == len(own)
         assert (group.full_depth, group.early_exit) == tuple(pytest.approx(n / len(own)) for n in right.values())
-        assert group.mean_exit_layer == pytest.approx(exits.exit_layers[own].double().mean().item())
+        assert group.mean_exit_layer == pytest.approx(exits.exit_layer[own].double().mean().item())
 
 
 def test_rows_of_one_length_are_one_group():

@@ -18,7 +18,7 @@ from hf_costeff.exit_report import Chart, Heading, Paragraph, Table, to_html, to
 
 NASTY = "<script>alert('x')</script> | [a](b) `c` *d*\n# e"
 CALIBRATION = {"rows": 50, "disagreement": 0.02, "mean_exit_layer": 1.5, "speedup_over_full_depth": 1.3}
-PROMISE = {"loss": "max_disagreement", "epsilon": 0.05, "delta": 0.1, "rows": 400, "flips": 3, "upper_bound": 0.02}
+PROMISE = {"loss": "max_disagreement", "epsilon": 0.05, "delta": 0.1, "rows": 400, "flips": 3}
 
 
 def config_of(**changes):

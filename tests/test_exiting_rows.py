@@ -106,6 +106,7 @@ def test_merged_rows_are_those_of_the_groups_padded_on_the_right():
     assert merged.padding_mask.int().tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0]]
     assert (merged.hidden_states[2] == groups[1].hidden_states[0]).all()
     assert (merged.hidden_states[1, :2] == groups[0].hidden_states[1]).all()
+    assert (merged.hidden_states[0, 2] == 0).all() and (merged.hidden_states[3, 1:] == 0).all()
     assert merged.depth == 1 and merged.seen is None
     assert RunningRows.merge([groups[2], groups[2]]).padding_mask is None
 
@@ -152,7 +153,14 @@ def test_an_exit_whose_threshold_lets_nobody_leave_is_no_stop(criterion, thresho
 
 def test_patience_stops_where_nobody_can_leave_yet_because_later_exits_look_back():
     settings = ExitConfig(criterion="patience", patience=2)
-    assert ExitPlan.make(settings, [1, 2, 3], "single_label_classification").stops == [1, 2, 3]
+    assert ExitPlan.make(settings, [1, 2, 3, 4], "single_label_classification").stops == [1, 2, 3, 4]
+    assert ExitPlan.make(settings, [1, 2, 3], "single_label_classification").stops == [3]  # two exits are too few
+
+
+def test_a_tolerance_of_nothing_is_never_kept_so_that_no_exit_is_asked():
+    for tolerance, stops in ((0.0, [3]), (1e-9, [1, 2, 3])):
+        settings = ExitConfig(criterion="patience", patience=1, tolerance=tolerance)
+        assert ExitPlan.make(settings, [1, 2, 3], "regression").stops == stops
 
 
 def test_a_checked_exit_that_does_not_exist_is_refused():

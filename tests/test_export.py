@@ -335,7 +335,7 @@ def test_the_command_measures_int8_on_a_split(saved, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "torchscript"], "`format` is 'torchscript'"),
+        (["--format", "torchscript"], "`--format` is 'torchscript'"),
         (["--split", "validation"], "Give --int8 too"),
         (["--int8", "--split", "nowhere", "--dataset", "nowhere"], "nowhere"),
     ],

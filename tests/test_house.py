@@ -25,10 +25,10 @@ TIERS = {
     0: "configuration_costeff exit_criteria exit_heads encoder_layers exiting_rows hub promises modeling_costeff "
     "pipeline_costeff skip_gates packed_linear configuration_cascade modeling_cascade",
     1: "augmentation conversion importance slenderization losses block_pruning efficiency calibration exit_replay "
-    "guarantees metrics class_outcomes exit_quality monitoring cascade_costs",
+    "guarantees metrics group_outcomes exit_quality monitoring cascade_costs",
     2: "markdown training_args trainer checkpoints checksums data columns evaluation recipes distillation "
     "compression_args stages compression report exit_report charts prediction difficulty model_card onnx_runner "
-    "export benchmarking benchmark_report cascade cascade_training",
+    "export benchmarking benchmark_report exit_times cascade cascade_training",
     3: "commands cli",
 }
 TIER = {name: tier for tier, names in TIERS.items() for name in names.split()}

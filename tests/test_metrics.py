@@ -7,9 +7,19 @@ import warnings
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hf_costeff import metrics
-from hf_costeff.metrics import METRICS, MULTI_LABEL, REGRESSION, SINGLE_LABEL, check_metric, compute_metrics
+from hf_costeff.metrics import (
+    METRICS,
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    check_metric,
+    compute_metrics,
+    f1,
+    matthews,
+)
 
 
 def logits_of(classes: list[int], num_labels: int) -> np.ndarray:
@@ -37,6 +47,18 @@ def test_f1_of_three_labels_is_the_mean_over_classes():
     # class 0: tp 1 fp 1 fn 0 -> 2/3; class 1: tp 0 fp 0 fn 1 -> 0; class 2: tp 1 -> 1
     result = compute_metrics(logits_of([0, 0, 2], 3), np.array([0, 1, 2]), SINGLE_LABEL)
     assert result["f1"] == pytest.approx((2 / 3 + 0 + 1) / 3)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_f1_and_matthews_equal_scikit_learns_with_classes_missing_and_all(classes, rows):
+    generator = np.random.default_rng(classes * rows)
+    for _ in range(20):
+        logits, labels = generator.normal(size=(rows, classes)), generator.integers(0, classes, rows)
+        answered, average = logits.argmax(-1), "binary" if classes == 2 else "macro"
+        assert f1(logits, labels) == pytest.approx(f1_score(labels, answered, average=average, zero_division=0.0))
+        with warnings.catch_warnings(action="ignore"):
+            assert matthews(logits, labels) == pytest.approx(matthews_corrcoef(labels, answered))
 
 
 def test_multi_label_f1_is_micro_and_accuracy_is_exact_match():

@@ -156,7 +156,6 @@ def test_a_promise_is_told_with_its_odds_and_its_test():
         "delta": 0.05,
         "rows": 800,
         "flips": 2,
-        "upper_bound": 0.008,
     }
     card = card_of(make_report(), {**SETTINGS, "calibration": {**CALIBRATION, "promise": promise}})
     assert describe_promise(promise) in card and "nothing is promised" not in card

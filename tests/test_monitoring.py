@@ -77,6 +77,16 @@ def test_a_shift_is_found_soon_also_after_a_long_calm(shift, what, calm):
     assert f"Since row {monitor.alarm_at:,} of {calm + 400:,} the live rows do not" in monitor.describe()
 
 
+def test_after_an_alarm_nothing_is_bet_and_rows_are_still_counted():
+    monitor = ExitMonitor([1] * 50, None, depth=4)
+    assert monitor.update([4] * 30)
+    evidence, at = monitor.evidence, monitor.alarm_at
+    for _ in range(40):
+        monitor.update([4] * 100)
+    assert (monitor.evidence, monitor.alarm_at, monitor.rows) == (evidence, at, 4030)
+    assert ExitMonitor.from_json(monitor.to_json()).rows == 4030
+
+
 def test_an_alarm_stays_and_batches_do_not_matter():
     generator = np.random.default_rng(2)
     sample, stream = live(generator, 200), live(generator, 300, shares=[0.0, 0.0, 1.0])

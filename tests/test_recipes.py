@@ -67,12 +67,17 @@ def test_heads_outside_the_pipelines_table_take_its_nearest_column():
 @pytest.mark.parametrize("rows", [1, 1000, MEDIUM, LARGE])
 @pytest.mark.parametrize("heads", [0, 1, 3, 12])
 def test_every_recipe_trains_the_stages_that_make_the_result(name, rows, heads):
-    recipe = RECIPES[name](rows, heads)
+    recipe = RECIPES[name](rows, heads, 2)
     assert recipe.name == name
     for phase in (recipe.teacher, recipe.assistant_prediction, recipe.interval, recipe.prediction):
         assert phase.steps(rows, recipe.batch_size) >= 1 and phase.learning_rate > 0
         assert 0 <= phase.representation_only_ratio <= 1
 
 
-def test_the_fast_recipe_is_the_same_whatever_the_data():
-    assert fast_recipe(100, 1) == fast_recipe(LARGE, 8)
+def test_the_fast_recipe_depends_on_the_number_of_classes_alone():
+    assert fast_recipe(100, 1, 3) == fast_recipe(LARGE, 8, 2)
+    many = fast_recipe(15_000, 2, 150)
+    steps = {
+        phase: getattr(many, phase).steps(15_000, 32) for phase in ("teacher", "assistant_prediction", "prediction")
+    }
+    assert steps == {"teacher": 3000, "assistant_prediction": 2000, "prediction": 3000}

@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .conversion import convert_config
-from .efficiency import layer_flops, mean_flops, measure_alternating, ratio, stock_flops
-from .evaluation import Collator, Contender, collect_exit_logits
+from .efficiency import mean_flops, measure_alternating, ratio, stock_flops
+from .evaluation import Collator, Contender
 from .exit_criteria import REGRESSION, ExitConfig, answers, same_answers
-from .exit_replay import ExitLogits, ExitReplay, stored_settings
+from .exit_replay import ExitLogits, stored_settings
 from .export import export_onnx, quantize_graph, write_stock_graph
 from .metrics import compute_metrics, default_metric
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, CostEffPrediction
@@ -43,8 +43,6 @@ CPU_ALONE, NOT_CPU = (INT8,), ("float16",)
 REAL = 0
 """In place of a length: every row at its own."""
 PEAK_SIZE = 512
-NEVER = 1e-9
-"""A threshold that no row of a trained model passes; every exit is asked."""
 GAIN = 1.02
 """A median ratio below this, or one whose lower quartile is not above 1, counts as no gain."""
 NOTHING = ExitLogits(torch.zeros(1, 1, 1), torch.ones(1, dtype=torch.long), None)
@@ -469,58 +467,6 @@ def matmul_peak(device: str, precision: str) -> float:
     return 2 * PEAK_SIZE**3 / (min(run.median_ms for run in runs) / 1e3)
 
 
-def choose_exits(
-    model: CostEffForSequenceClassification, dataset: Dataset, collator: Collator, grid: BenchmarkGrid | None = None
-) -> ExitConfig:
-    """Store in the model which of its checked exits save more time than they cost, on this machine.
-
-    What a layer and a question take is measured, with everybody at full depth and with every exit asked and nobody
-    leaving; layers share the former by their FLOPs. Where rows leave follows from their logits. Then the exits whose
-    removal saves the most are left out one by one, until none does. Thresholds stay as they are, and what was seen or
-    promised when they were chosen is dropped, since it held for other exits.
-
-    Args:
-        model: With saved exit settings, which are replaced.
-        dataset: Tokenized rows, on which nothing will be reported.
-        collator: Pads rows to a batch.
-        grid: Its first device, precision, batch size and thread count are those that the model will serve with.
-
-    Returns:
-        The settings, as stored.
-
-    Raises:
-        ValueError: Without saved settings, for a device that cannot be used, or for int8.
-    """
-    grid = grid or BenchmarkGrid()
-    if grid.precisions[0] == INT8:
-        raise ValueError(
-            f"Exits are chosen by times in torch, and `precisions` begins with {INT8}. Name another first."
-        )
-    settings = stored_settings(model.config)
-    size = grid.batch_sizes[0]
-    rows = rows_of_length(dataset, REAL, max(grid.rows // 4, size))
-    batches = batches_of(rows, collator, size)
-    with threads_set(grid.threads[0]):
-        placed = on_device(model, grid.devices[0], grid.precisions[0])
-        layer_ms, question_ms = _times_of_parts(placed, batches, grid.rounds)
-        records = collect_exit_logits(placed, dataset, collator, show_progress=False)
-    replay = ExitReplay(records, model.config)
-    chosen = [layer for layer in model.config.exit_layers[:-1] if settings.is_checked(layer)]
-
-    def cost(checked: Sequence[int]) -> float:
-        exits = replay.at(dataclasses.replace(settings, checked_exits=list(checked)))
-        return expected_ms(exits.exit_layers, checked, layer_ms, question_ms)
-
-    while chosen:
-        best = min(([layer for layer in chosen if layer != left_out] for left_out in chosen), key=cost)
-        if cost(best) >= cost(chosen):
-            break
-        chosen = best
-    stored = dataclasses.replace(settings, checked_exits=chosen, calibration=None)
-    model.config.exit_config = stored.to_dict()
-    return stored
-
-
 def on_device(model: Any, device: str, precision: str) -> Any:
     """A copy of a model where and how it is to be measured, in eval mode.
 
@@ -536,47 +482,3 @@ def on_device(model: Any, device: str, precision: str) -> Any:
         return copy.deepcopy(model).to(device, DTYPES[precision]).eval()
     except (RuntimeError, AssertionError) as error:  # torch has no one error for a device that is not there
         raise ValueError(f"Device {device!r} cannot be used here: {error}") from error
-
-
-def _times_of_parts(
-    model: CostEffForSequenceClassification, batches: Sequence[Mapping[str, Tensor]], rounds: int
-) -> tuple[list[float], float]:
-    """Milliseconds of a batch in each layer, and of asking one exit."""
-    never = ExitConfig(criterion="entropy_nats", threshold=NEVER)
-    if model.config.resolved_problem_type == "regression":
-        never = ExitConfig(criterion="patience", patience=1, tolerance=0.0)
-    runs: dict[str, Callable[[], Any]] = {
-        "full": partial(Contender("full", model, NOTHING).answer_all, batches),
-        "asked": partial(Contender("asked", model, NOTHING, never).answer_all, batches),
-    }
-    times = measure_alternating(runs, warmup=1, repeats=rounds)
-    config = model.config
-    seq = max(batch["input_ids"].shape[1] for batch in batches)
-    full_ms = times["full"].median_ms / len(batches)
-    weights = [layer_flops(config, layer, seq) + 1 for layer in range(1, config.num_hidden_layers + 1)]
-    asked = max(1, len(config.exit_layers) - 1)
-    question_ms = max(0.0, times["asked"].median_ms - times["full"].median_ms) / len(batches) / asked
-    return [full_ms * weight / sum(weights) for weight in weights], question_ms
-
-
-def expected_ms(
-    exit_layers: Tensor, checked_exits: Sequence[int], layer_ms: Sequence[float], question_ms: float
-) -> float:
-    """Mean time of a row, from the time of each layer and of each question on its way.
-
-    Args:
-        exit_layers: 1-based layer that each row leaves after, shape (rows,).
-        checked_exits: 1-based layers whose exit is asked, without the last.
-        layer_ms: Milliseconds of each layer.
-        question_ms: Milliseconds of one question.
-
-    Example: one row leaves after layer 1, one runs both layers; both are asked once.
-
-        >>> expected_ms(torch.tensor([1, 2]), [1], layer_ms=[4.0, 6.0], question_ms=1.0)
-        8.0
-    """
-    depths = torch.arange(1, len(layer_ms) + 1)
-    ran = (exit_layers[:, None] >= depths).double()
-    total = ran @ torch.tensor(layer_ms, dtype=torch.double)
-    asked = sum((exit_layers >= layer).double() for layer in checked_exits)
-    return float((total + question_ms * asked).mean())

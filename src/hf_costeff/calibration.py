@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, repeat
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from .configuration_cascade import CostEffCascadeConfig
 from .exit_criteria import (
     CRITERIA,
     MULTI_LABEL,
@@ -26,19 +27,30 @@ from .exit_criteria import (
     answers,
     decision_log_probabilities,
 )
-from .exit_replay import ExitingConfig, ExitLogits, ExitOutcome, ExitReplay, ReplayedExits
-from .guarantees import last_safe, p_value, rows_needed, sample_needed, split_rows, upper_bound, zero_loss_rows
+from .exit_replay import (
+    Costs,
+    ExitingConfig,
+    ExitLogits,
+    ExitOutcome,
+    ExitReplay,
+    ExitTimes,
+    ReplayedExits,
+    ReplayedPath,
+    ThresholdPath,
+)
+from .guarantees import last_safe, p_value, rows_needed, sample_needed, split_rows, zero_loss_rows
 from .metrics import LOWER_IS_BETTER, METRICS, check_metric, paired_bootstrap
 
-SHARES = torch.linspace(0.005, 1.0, 200, dtype=torch.float64)
+SHARES = np.linspace(0.005, 1.0, 200)
 GRID = tuple(step / 200 for step in range(201))
 ERROR_LEVELS = (0.0, *np.geomspace(0.0005, 1.0, 100).tolist())
 TEMPERATURES = (0.05, 20.0)  # where temperatures are looked for
 FEWEST_ROWS = 20  # to fit temperatures on
 RESAMPLES = 200  # to tell two settings apart
 
-GOALS = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", "target_speedup")
 GUARANTEED = ("max_accuracy_drop", "max_disagreement")
+BUDGETS = ("target_speedup", "max_latency_ms")
+GOALS = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", *BUDGETS)
 
 
 def fit_temperatures(records: ExitLogits, problem_type: str) -> list[float]:
@@ -93,7 +105,7 @@ def candidate_settings(
     losses: np.ndarray | None = None,
     checked_exits: list[int] | None = None,
     deepest_exit: int | None = None,
-) -> list[ExitConfig]:
+) -> Sequence[ExitConfig]:
     """Settings from the most careful (nobody leaves early) to the boldest (everybody leaves at the first checked exit).
 
     No row ever leaves later under a bolder one. Thresholds: an even grid and the quantiles of what was seen, or, with
@@ -133,7 +145,7 @@ def candidate_settings(
             for count, tolerance in path
         ]
     steps = _threshold_path(records.logits, settings, config.resolved_problem_type, losses, checked, last)
-    return [dataclasses.replace(settings, threshold=limit) for limit in steps]
+    return ThresholdPath(settings, steps)
 
 
 def _threshold_path(
@@ -149,7 +161,7 @@ def _threshold_path(
     if losses is not None:
         found = _thresholds_per_exit(measured, losses[:, checked], low, high)
     else:
-        seen = torch.quantile(torch.cat(measured), SHARES).clamp(low, high).tolist() if measured else []
+        seen = np.quantile(torch.cat(measured).numpy(), SHARES).clip(low, high).tolist() if measured else []
         steps = sorted({*(low + (high - low) * step for step in GRID), *seen})
         if last == num_exits - 1:
             return [abs(step) for step in steps]
@@ -166,7 +178,7 @@ def _patience_path(logits: Tensor, problem_type: str) -> list[tuple[int, float |
     changes = (logits[:, 1:] - logits[:, :-1]).abs().flatten().double()
     tolerances = {0.0}
     if changes.numel():  # the last is past the largest change, because a change must be below the tolerance
-        quantiles = torch.quantile(changes, SHARES)
+        quantiles = np.quantile(changes.numpy(), SHARES)
         tolerances |= {*quantiles.tolist(), 1.01 * float(changes.max())}
     return [*((1, tolerance) for tolerance in sorted(tolerances)), (0, None)]
 
@@ -202,11 +214,11 @@ def exit_curve(records: ExitLogits, config: ExitingConfig, metric: str) -> list[
         metric: See `hf_costeff.metrics.METRICS`.
     """
     replay = ExitReplay(records, config)
-    outcomes = (replay.outcome(settings, metric) for settings in curve_settings(records, config))
-    return list(dict.fromkeys(outcomes))
+    parts = replay.distinct(curve_settings(records, config))
+    return [replay.outcome(settings, metric) for part in parts for settings in part]
 
 
-def curve_settings(records: ExitLogits, config: ExitingConfig) -> list[ExitConfig]:
+def curve_settings(records: ExitLogits, config: ExitingConfig) -> Sequence[ExitConfig]:
     """The settings that [`exit_curve`] shows."""
     stored = None if config.exit_config is None else ExitConfig.from_dict(config.exit_config)
     if stored is None:
@@ -214,6 +226,10 @@ def curve_settings(records: ExitLogits, config: ExitingConfig) -> list[ExitConfi
     return candidate_settings(
         records, config, stored.criterion, temperatures=stored.temperatures, checked_exits=stored.checked_exits
     )
+
+
+Path = tuple[Sequence[ExitConfig], ...]
+"""Settings from careful to bold, in parts that share everything but their limits."""
 
 
 @dataclass(frozen=True)
@@ -241,18 +257,18 @@ class ExitSearch:
         """The criterion's name."""
         return self.criterion or default_criterion(problem_type)
 
-    def paths(self, replay: ExitReplay, goal: str) -> list[list[ExitConfig]]:
+    def paths(self, replay: ExitReplay, goal: str) -> list[Path]:
         """The settings to try on these rows: paths from careful to bold, one for each choice of exits to check.
 
         Checked are all exits from some exit on, and the first path checks them all. A path ends with everybody leaving
-        at its first exit. Where a speed-up must be reached whatever it costs, it goes on from there to earlier exits.
+        at its first exit. Where a budget must be kept whatever it costs, it goes on from there to earlier exits.
         """
         criterion = self.criterion_for(replay.problem_type)
         temperatures: float | list[float] = 1.0
         if self.fit_temperatures and criterion != "patience":
-            if len(replay.records.logits) < FEWEST_ROWS:
+            if len(replay) < FEWEST_ROWS:
                 raise ValueError(
-                    f"There are {len(replay.records.logits)} rows to fit temperatures on, and it takes {FEWEST_ROWS}. "
+                    f"There are {len(replay)} rows to fit temperatures on, and it takes {FEWEST_ROWS}. "
                     "Give more rows, or leave the temperatures at 1 with `fit_temperatures=False`."
                 )
             temperatures = fit_temperatures(replay.records, replay.problem_type)
@@ -261,13 +277,13 @@ class ExitSearch:
             candidate_settings, replay.records, replay.config, criterion, temperatures=temperatures, losses=losses
         )
         if self.checked_exits is not None:
-            return [path(checked_exits=self.checked_exits)]
+            return [(path(checked_exits=self.checked_exits),)]
         early = replay.config.exit_layers[:-1]
-        paths = [path(), *(path(checked_exits=early[start:]) for start in range(1, len(early)))]
-        if goal != "target_speedup":
+        paths: list[Path] = [(path(),), *((path(checked_exits=early[start:]),) for start in range(1, len(early)))]
+        if goal not in BUDGETS:
             return paths
         return paths + [
-            paths[deepest] + path(checked_exits=early[start : deepest + 1], deepest_exit=early[deepest])
+            (*paths[deepest], path(checked_exits=early[start : deepest + 1], deepest_exit=early[deepest]))
             for deepest in range(1, len(early))
             for start in range(deepest)
         ]
@@ -282,7 +298,9 @@ def choose_exit_config(
     max_metric_drop: float | None = None,
     max_disagreement: float | None = None,
     target_speedup: float | None = None,
+    max_latency_ms: float | None = None,
     reference_flops: float | None = None,
+    exit_times: ExitTimes | None = None,
     search: ExitSearch | None = None,
     guarantee: bool = False,
     delta: float = 0.1,
@@ -291,10 +309,11 @@ def choose_exit_config(
 
     For each exit that may be checked first there is a path of settings from careful to bold. With a largest loss, each
     path gives the boldest setting such that it and every more careful one keep to it on these rows, and the one with
-    the fewest FLOPs is taken; with `target_speedup`, each gives the most careful one that reaches it, and the one with
-    the best metric is taken, if it is better by more than chance than with all exits checked. With `guarantee`, a third
-    of the rows fits temperatures and chooses a path, the others test it step by step, and the boldest setting proved to
-    keep to the loss on new rows of the same distribution is taken.
+    the fewest FLOPs is taken, or the least time if times are given. With a budget (`target_speedup`, `max_latency_ms`),
+    each gives the most careful one that keeps to it, and the one with the best metric is taken, if it stands out from
+    that with all exits checked. With `guarantee`, a third of the rows fits temperatures and chooses a path, the others
+    test it step by step, and the boldest setting proved to keep to the loss on new rows of the same distribution is
+    taken.
 
     Args:
         records: Logits of all exits on held-out rows; with labels, but for `max_disagreement`.
@@ -303,8 +322,11 @@ def choose_exit_config(
         max_accuracy_drop: Points (hundredths) that accuracy may lose against full depth, 0 or more.
         max_metric_drop: Points (hundredths) that the metric may lose against full depth, 0 or more.
         max_disagreement: Share of the rows, in points, whose answer may differ from full depth's. Needs no labels.
-        target_speedup: FLOPs of the reference over FLOPs with early exit, above 0.
+        target_speedup: FLOPs of the reference over FLOPs with early exit, above 0; with `exit_times`, measured time at
+            full depth over time with early exit.
+        max_latency_ms: Mean milliseconds per text, above 0. Needs `exit_times`.
         reference_flops: FLOPs per row of what the speed-up is measured against; `None`: this model at full depth.
+        exit_times: How long leaving at each exit takes, measured on the machine that will serve. `None`: FLOPs count.
         search: Which settings are tried; `None`: `ExitSearch()`.
         guarantee: Whether the loss must keep to the goal on new rows too, with probability 1 - `delta` over the
             sample. Needs `row_keys`. The loss of `max_accuracy_drop` is then the share of rows that full depth has
@@ -312,27 +334,37 @@ def choose_exit_config(
         delta: Largest chance of a broken promise, above 0 and below 1.
 
     Returns:
-        Settings whose `calibration` says what was asked, on how many rows, what was seen there and, under `"promise"`,
-        what is promised. If nothing can be, nobody leaves early and `"no_promise"` says why.
+        Settings whose `calibration` says what was asked, on how many rows, what was seen there, under `"timed"` what
+        the clock said and, under `"promise"`, what is promised. If nothing can be, nobody leaves early and
+        `"no_promise"` says why.
 
     Raises:
         ValueError: Not exactly one goal, a goal out of range or out of reach, or rows that cannot serve it.
     """
     search = search or ExitSearch()
-    goals = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup)
-    goal, limit = one_goal(dict(zip(GOALS, goals, strict=True)))
-    replay = ExitReplay(records, config)
-    _check_goal(goal, limit, metric, replay.problem_type)
+    goals = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
+    goal, limit = check_goal(
+        config,
+        metric,
+        guarantee=guarantee,
+        delta=delta,
+        reference_flops=reference_flops,
+        exit_times=exit_times,
+        **dict(zip(GOALS, goals, strict=True)),
+    )
     _check_records(records, config, goal, search)
+    replay = ExitReplay(records, config)
+    costs: Costs = replay.flops if exit_times is None else partial(exit_times.costs, config.exit_layers)
     extra: dict[str, Any] = {}
     if guarantee:
-        _check_guarantee(goal, limit, delta)
-        chosen, extra = _guaranteed(replay, search, goal, limit / 100, delta)
-    elif goal == "target_speedup":
-        reference = reference_flops or replay.full_depth.mean_flops
-        chosen = _reaching(replay, search.paths(replay, goal), metric, reference, limit)
+        chosen, extra = _guaranteed(replay, search, goal, limit / 100, delta, exit_times)
+    elif goal in BUDGETS:
+        reference = reference_flops or replay.full_depth.mean_cost(costs)
+        chosen = _reaching(replay, search.paths(replay, goal), metric, costs, goal, limit, reference)
     else:
-        chosen = _within(replay, search.paths(replay, goal), _loss_of(replay, goal, metric), limit)[0]
+        chosen = _within(replay, search.paths(replay, goal), _loss_of(replay, goal, metric), limit, costs)[0]
+    if exit_times is not None:
+        extra["timed"] = {"ms_per_text": replay.at(chosen).mean_cost(costs), **exit_times.conditions()}
     return dataclasses.replace(chosen, calibration={"goal": {goal: limit}, **_seen(replay, chosen, metric), **extra})
 
 
@@ -345,80 +377,111 @@ def worse_by(before: float, after: float, metric: str) -> float:
     return after - before if metric in LOWER_IS_BETTER else before - after
 
 
-Loss = Callable[[ReplayedExits], float]
+Loss = Callable[[ReplayedPath], Iterable[float]]
 
 
 def _loss_of(replay: ExitReplay, goal: str, metric: str) -> Loss:
-    """What is lost against full depth, in points."""
-    if goal == "max_disagreement":
-        losses = replay.losses(goal)
-        return lambda exits: 100 * exits.lost(losses) / len(losses)
+    """What is lost against full depth under each setting of a path, in points."""
+    if goal == "max_disagreement" or metric == "accuracy":
+        points = 100 / len(replay)
+        lost = replay.losses(goal) if goal == "max_disagreement" else replay.right[:, -1:] - 1.0 * replay.right
+        return lambda path: points * path.totals(lost)
     full = replay.full_depth.metric(metric)
-    return lambda exits: 100 * worse_by(full, exits.metric(metric), metric)
+
+    def losses(path: ReplayedPath) -> Iterator[float]:
+        """Computed where rows move, and no further than somebody asks."""
+        for start, end in pairwise([*path.changes, len(path.settings)]):
+            lost = 100 * worse_by(full, path.at(start).metric(metric), metric)
+            yield from repeat(lost, end - start)
+
+    return losses
 
 
-def _within(
-    replay: ExitReplay, paths: list[list[ExitConfig]], loss: Loss, limit: float
-) -> tuple[ExitConfig, list[ExitConfig]]:
-    """Of the boldest settings of each path that keep to the limit, the ones with the fewest FLOPs; and their path.
+def _within(replay: ExitReplay, paths: list[Path], loss: Loss, limit: float, costs: Costs) -> tuple[ExitConfig, Path]:
+    """Of the boldest settings of each path that keep to the limit, the ones that cost least; and their path.
 
     The most careful ones are among them: members of a cascade that release few rows cost more than they save.
     """
-    found = [(_boldest(replay, path, loss, limit), path) for path in paths] + [(paths[0][0], paths[0])]
-    return min(found, key=lambda pair: replay.at(pair[0]).mean_flops)
+    careful = paths[0][0][0]
+    found = []
+    for path in paths:
+        piece, position = _boldest(replay.along(*path), loss, limit)
+        found.append((piece.at(position).mean_cost(costs), piece.settings[position], path))
+    found.append((replay.at(careful).mean_cost(costs), careful, paths[0]))
+    _, chosen, path = min(found, key=itemgetter(0))
+    return chosen, path
 
 
-def _boldest(replay: ExitReplay, path: list[ExitConfig], loss: Loss, limit: float) -> ExitConfig:
-    """The last settings before any lose more; the first in any case."""
-    chosen = path[0]
-    for settings in path:
-        if loss(replay.at(settings)) > limit + 1e-9:
-            break
-        chosen = settings
-    return chosen
+def _boldest(pieces: list[ReplayedPath], loss: Loss, limit: float) -> tuple[ReplayedPath, int]:
+    """The piece and position of the last settings before any lose more; of the first in any case."""
+    boldest = pieces[0], 0
+    for piece in pieces:
+        for position, lost in enumerate(loss(piece)):
+            if lost > limit + 1e-9:
+                return boldest
+            boldest = piece, position
+    return boldest
 
 
 def _reaching(
-    replay: ExitReplay, paths: list[list[ExitConfig]], metric: str, reference: float, target: float
+    replay: ExitReplay,
+    paths: list[Path],
+    metric: str,
+    costs: Costs,
+    goal: str,
+    limit: float,
+    reference: float,
 ) -> ExitConfig:
-    """Of the most careful settings of each path that reach the speed-up, the ones with the best metric.
+    """Of the most careful settings of each path that keep to a budget, the ones with the best metric.
 
-    The first path is left only for one that is better by more than chance (paired bootstrap), because the best of many
-    always looks better than it is.
+    The first path is left only for one that looks better by more than the resampled rows vary (95% paired bootstrap),
+    because the best of many always looks better than it is. That it was picked among several is not allowed for, so
+    this damps the choice and promises nothing.
     """
-
-    def speedup(settings: ExitConfig) -> float:
-        return reference / replay.at(settings).mean_flops
-
-    positions = [(bisect_left(path, target, key=speedup), path) for path in paths]
-    enough = [path[position] for position, path in positions if position < len(path)]
-    if not enough:
-        raise ValueError(
-            f"A speed-up of {target:g} cannot be reached: with every row leaving as early as it can it is "
-            f"{max(speedup(path[-1]) for path in paths):.2f}. Ask for less, or compress further."
+    budget = limit if goal == "max_latency_ms" else reference / limit
+    pieces = [replay.along(*path) for path in paths]
+    found = [reached for path in pieces if (reached := _most_careful(path, costs, budget)) is not None]
+    if not found:
+        least = min(path[-1].mean_costs(costs)[-1] for path in pieces)
+        asked, largest = (
+            (f"A mean latency of {limit:g} ms", f"{least:.3g} ms")
+            if goal == "max_latency_ms"
+            else (f"A speed-up of {limit:g}", f"{reference / least:.2f}")
         )
-    loss = _loss_of(replay, "max_metric_drop", metric)
-    best = min(enough, key=lambda settings: loss(replay.at(settings)))
-    return best if _is_better(replay.at(best), replay.at(enough[0]), metric) else enough[0]
+        raise ValueError(
+            f"{asked} cannot be reached: with every row leaving as early as it can it is {largest}. Ask for less, or "
+            "compress further."
+        )
+    best = min(found, key=lambda exits: worse_by(0.0, exits[0].metric(metric), metric))
+    return (best if _is_better(best[0], found[0][0], metric) else found[0])[1]
+
+
+def _most_careful(pieces: list[ReplayedPath], costs: Costs, budget: float) -> tuple[ReplayedExits, ExitConfig] | None:
+    """The first settings that keep to a budget, and where rows leave under them."""
+    for piece in pieces:
+        enough = np.flatnonzero(piece.mean_costs(costs) <= budget * (1 + 1e-12))
+        if len(enough):
+            return piece.at(enough[0]), piece.settings[enough[0]]
+    return None
 
 
 def _is_better(exits: ReplayedExits, others: ReplayedExits, metric: str) -> bool:
-    function = METRICS[exits.config.resolved_problem_type][metric]
-    logits, labels = (exits.logits.numpy(), others.logits.numpy()), exits.records.known_labels()
+    function = METRICS[exits.replay.problem_type][metric]
+    logits, labels = (exits.logits.numpy(), others.logits.numpy()), exits.replay.records.known_labels()
     _, low, high = paired_bootstrap(function, *logits, labels, samples=RESAMPLES)
     return high < 0 if metric in LOWER_IS_BETTER else low > 0
 
 
 def _guaranteed(
-    replay: ExitReplay, search: ExitSearch, goal: str, epsilon: float, delta: float
+    replay: ExitReplay, search: ExitSearch, goal: str, epsilon: float, delta: float, times: ExitTimes | None
 ) -> tuple[ExitConfig, dict[str, Any]]:
     """Settings, and the promise or why there is none."""
     keys = replay.records.row_keys
-    if keys is None or len(keys) != len(replay.records.logits):
+    if keys is None or len(keys) != len(replay):
         found = "None" if keys is None else f"of {len(keys)} rows"
-        raise ValueError(f"`row_keys` is {found}. A guarantee splits {len(replay.records.logits)} rows by them.")
+        raise ValueError(f"`row_keys` is {found}. A guarantee splits {len(replay)} rows by them.")
     fitting, testing = (ExitReplay(replay.records.select(rows), replay.config) for rows in split_rows(keys))
-    tests, needed = len(testing.records.logits), zero_loss_rows(epsilon, delta)
+    tests, needed = len(testing), zero_loss_rows(epsilon, delta)
     wanted = f"at most {100 * epsilon:g} points with probability {1 - delta:g}"
     if tests < needed:
         careful = candidate_settings(replay.records, replay.config, search.criterion_for(replay.problem_type))[0]
@@ -427,22 +490,21 @@ def _guaranteed(
             f"test on, and there are {len(keys):,}."
         }
     known = fitting.losses(goal)
-    _, path = _within(fitting, search.paths(fitting, goal), lambda exits: exits.lost(known) / len(known), epsilon)
-    start, *path = _thinned(path, fitting)
+    costs: Costs = fitting.flops if times is None else partial(times.costs, replay.config.exit_layers)
+    _, path = _within(
+        fitting, search.paths(fitting, goal), lambda path: path.totals(known), epsilon * len(fitting), costs
+    )
+    steps = fitting.distinct(*path)
     losses = testing.losses(goal)
-    safe = last_safe((testing.at(settings).lost(losses) for settings in path), tests, epsilon, delta)
+    lost = np.concatenate([piece.totals(losses) for piece in testing.along(*steps)]).astype(int).tolist()
+    safe = last_safe(lost[1:], tests, epsilon, delta)  # the first lets nobody leave
     if safe is None:
-        flips = testing.at(path[0]).lost(losses) if path else None
-        return start, {"no_promise": f"Cannot promise {wanted}: {_why_not(flips, tests, epsilon, delta)}"}
-    position, lost = safe
-    promise = {"loss": goal, "epsilon": epsilon, "delta": delta, "rows": tests, "flips": lost}
-    return path[position], {"promise": {**promise, "upper_bound": upper_bound(lost, tests, delta)}}
-
-
-def _thinned(path: list[ExitConfig], replay: ExitReplay) -> list[ExitConfig]:
-    """The path without settings that treat these rows as the one before does."""
-    steps = pairwise(replay.at(settings).exit_index for settings in path)
-    return [path[0], *(new for new, (before, after) in zip(path[1:], steps, strict=True) if not before.equal(after))]
+        why = _why_not(lost[1] if len(lost) > 1 else None, tests, epsilon, delta)
+        return steps[0][0], {"no_promise": f"Cannot promise {wanted}: {why}"}
+    position, flips = safe
+    promise = {"loss": goal, "epsilon": epsilon, "delta": delta, "rows": tests, "flips": flips}
+    part, own = [(part, own) for part in steps for own in range(len(part))][position + 1]
+    return part[own], {"promise": promise}
 
 
 def _why_not(flips: int | None, rows: int, epsilon: float, delta: float) -> str:
@@ -460,11 +522,11 @@ def _why_not(flips: int | None, rows: int, epsilon: float, delta: float) -> str:
 def _seen(replay: ExitReplay, settings: ExitConfig, metric: str) -> dict[str, Any]:
     """What the settings did on all rows; without labels there is no metric, for regression no disagreement."""
     full, early = replay.full_depth, replay.at(settings)
-    record: dict[str, Any] = {"rows": len(replay.records.logits)}
+    record: dict[str, Any] = {"rows": len(replay)}
     if replay.records.labels is not None:
         record |= {"metric": metric, "full_depth": full.metric(metric), "early_exit": early.metric(metric)}
     if replay.problem_type != REGRESSION:
-        record["disagreement"] = early.lost(replay.losses("max_disagreement")) / record["rows"]
+        record["disagreement"] = early.total(replay.losses("max_disagreement")) / record["rows"]
     speedup = full.mean_flops / early.mean_flops
     return {**record, "mean_exit_layer": early.mean_exit_layer, "speedup_over_full_depth": speedup}
 
@@ -483,10 +545,50 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
         quality = f"{seen['metric']} {seen['full_depth']:.4f} at full depth, {seen['early_exit']:.4f} with early exit"
     else:
         quality = f"{100 * seen['disagreement']:.2f}% answer otherwise than at full depth"
-    return (
+    said = (
         f"On {seen['rows']:,} held-out rows: {quality}, mean exit layer {seen['mean_exit_layer']:.2f}, "
         f"{seen['speedup_over_full_depth']:.2f}x fewer FLOPs."
     )
+    if timed := seen.get("timed"):
+        hardware = timed["hardware"]["accelerator"] or timed["hardware"]["cpu"]
+        said += (
+            f" From the times of the single exits, measured on {hardware} (batch {timed['batch_size']}, threads "
+            f"{timed['threads']}, {timed['precision']}), that is {timed['ms_per_text']:.3g} ms per text on average, "
+            f"and {timed['full_depth_ms']:.3g} ms at full depth."
+        )
+    return said
+
+
+def check_goal(
+    config: ExitingConfig,
+    metric: str,
+    *,
+    guarantee: bool = False,
+    delta: float = 0.1,
+    reference_flops: float | None = None,
+    exit_times: ExitTimes | None = None,
+    **goals: float | None,
+) -> tuple[str, float]:
+    """Name and value of the only goal that is given, if this model, metric and clock could serve it on some rows.
+
+    Args:
+        config: The model's.
+        metric: As in [`choose_exit_config`], as all others.
+        guarantee: Whether a promise is asked for.
+        delta: Largest chance of a broken one.
+        reference_flops: What a speed-up is measured against.
+        exit_times: What exits take.
+        **goals: One of `GOALS`; the others `None`.
+
+    Raises:
+        ValueError: No goal or several, one out of range, or one that cannot be served.
+    """
+    goal, limit = one_goal(goals)
+    _check_served(goal, limit, metric, config.resolved_problem_type)
+    _check_times(exit_times, config, goal, reference_flops)
+    if guarantee:
+        _check_guarantee(goal, limit, delta)
+    return goal, limit
 
 
 def one_goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
@@ -500,15 +602,15 @@ def one_goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
         named = ", ".join(f"`{name}` = {value:g}" for name, value in given.items()) or "none"
         raise ValueError(f"Goals given: {named}. Give exactly one of {', '.join(f'`{name}`' for name in goals)}.")
     [(name, value)] = given.items()
-    if name == "target_speedup":
+    if name in BUDGETS:
         if not 0 < value < math.inf:
-            raise ValueError(f"`target_speedup` is {value}. It must be above 0.")
+            raise ValueError(f"`{name}` is {value}. It must be above 0.")
     elif not value >= 0:
         raise ValueError(f"`{name}` is {value}. It must be 0 or more, in points (hundredths).")
     return name, value
 
 
-def _check_goal(goal: str, limit: float, metric: str, problem_type: str) -> None:
+def _check_served(goal: str, limit: float, metric: str, problem_type: str) -> None:
     if problem_type == REGRESSION and goal in GUARANTEED:
         raise ValueError(
             f"`{goal}` is {limit:g}, and this is a regression model, whose answers are numbers that are neither right "
@@ -535,6 +637,29 @@ def _check_guarantee(goal: str, limit: float, delta: float) -> None:
         )
     if not 0 < delta < 1:
         raise ValueError(f"`delta` is {delta:g}. It must lie above 0 and below 1: the chance of a broken promise.")
+
+
+def _check_times(times: ExitTimes | None, config: ExitingConfig, goal: str, reference_flops: float | None) -> None:
+    if isinstance(config, CostEffCascadeConfig) and (times is not None or goal == "max_latency_ms"):
+        raise ValueError(
+            f"`{goal if times is None else 'exit_times'}` is given for a cascade. Times are measured of the exits of a "
+            "single model, and there are none of a cascade's members. Choose by FLOPs: `target_speedup`, over the last "
+            "member or over `reference_flops`."
+        )
+    if times is None:
+        if goal == "max_latency_ms":
+            raise ValueError(
+                "`max_latency_ms` needs `exit_times`, and there are none. Measure them on the machine that will serve: "
+                "hf_costeff.exit_times.measure_exit_times."
+            )
+        return
+    if len(times.leaving_ms) != len(config.exit_layers):
+        raise ValueError(
+            f"`exit_times` has {len(times.leaving_ms)} exits and the model {len(config.exit_layers)}. Measure them "
+            "with this model."
+        )
+    if reference_flops is not None:
+        raise ValueError("Both `exit_times` and `reference_flops` are given. A speed-up counts time or FLOPs.")
 
 
 def _check_records(records: ExitLogits, config: ExitingConfig, goal: str, search: ExitSearch) -> None:

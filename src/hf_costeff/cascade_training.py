@@ -31,7 +31,7 @@ from .data import DataArguments, PreparedData, make_collator, prepare_data
 from .difficulty import HARD, RIGHT_FILE, RULES, Difficulty, check_hard_rows, difficulty_labels, mark_hard_rows
 from .distillation import bf16_pays, log_to_stderr, prepared, training_arguments
 from .efficiency import PAPER_SEQ_LENGTH
-from .evaluation import ExitReliability, exit_reliability
+from .evaluation import ExitReliability, exit_reliability, row_keys
 from .exit_criteria import REGRESSION
 from .losses import difficulty_loss
 from .metrics import default_metric
@@ -192,6 +192,8 @@ class _CascadeRun:
         if self.data[0].problem_type == REGRESSION and loaded[0][1] and self.arguments.difficulty_weight:
             raise ValueError("The labels are numbers, which are neither easy nor hard. Give --difficulty_weight 0.")
         self.store = StageStore(self.arguments.output_dir, self._settings(loaded))
+        if len(finished) < len(loaded):
+            self.store.keep_train_keys(row_keys(self.data[-1].train, ["input_ids"]))
         members = [
             self._fine_tuned(number) if missing else model for number, (model, missing) in enumerate(loaded, start=1)
         ]

@@ -33,7 +33,6 @@ from transformers.utils import logging
 from .calibration import exit_curve
 from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
 from .checksums import fingerprint, fingerprint_of
-from .class_outcomes import class_outcomes
 from .compression_args import CompressionArguments, CompressionPlan
 from .conversion import check_same_shape, convert_config, convert_from_stock
 from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
@@ -47,8 +46,10 @@ from .efficiency import (
     parameter_count,
     stock_flops,
 )
-from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
+from .evaluation import Contender, calibrate, collect_exit_logits, report_rows, row_keys
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
+from .exit_replay import ExitReplay
+from .group_outcomes import class_outcomes
 from .hub import push_folder
 from .importance import compute_importance
 from .metrics import check_metric, default_metric
@@ -209,9 +210,13 @@ class Compression:
         self._set_labels(self.full_config)
         plan = self.plan()
         self._check_reachable(plan)
-        self.recipe: Recipe = RECIPES[self.arguments.recipe](len(self.data.train), max(plan.widths.num_attention_heads))
+        self.recipe: Recipe = RECIPES[self.arguments.recipe](
+            len(self.data.train), max(plan.widths.num_attention_heads), self.data.num_labels
+        )
         stages = list(self._stages(plan.widths, loaded_teacher))
         self.store = StageStore(self.arguments.output_dir, self._settings())
+        self.train_keys = row_keys(self.data.train, ["input_ids"])
+        self.store.keep_train_keys(self.train_keys)
         if finished := [stage.name for stage in stages if self.store.is_finished(stage.name)]:
             logger.warning(f"Going on in {self.arguments.output_dir}; done before: {', '.join(finished)}.")
         for stage in (bar := tqdm(stages, desc="Stages")):
@@ -544,6 +549,7 @@ class Compression:
             target_speedup=self.arguments.target_speedup,
             reference_flops=float(np.mean([stock_flops(self.teacher_config, length) for length in lengths])),
             fit_temperatures=False,
+            trained_keys=self.train_keys,
         )
 
     def _report(
@@ -568,8 +574,7 @@ class Compression:
         result = CompressionResult(Path(self.arguments.output_dir), plan, rows, self.metric)
         slim.save_pretrained(result.model_path)
         self.tokenizer.save_pretrained(result.model_path)
-        labels = torch.from_numpy(records["slim model"].known_labels())
-        outcomes = class_outcomes(records["slim model"].logits, labels, settings, slim.config)
+        outcomes = class_outcomes(ExitReplay(records["slim model"], slim.config), settings)
         facts = {
             "widths": describe_widths(Widths.of(slim.config)),
             "exit_config": settings.to_dict(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .calibration import ExitSearch, choose_exit_config
+from .calibration import GOALS, ExitSearch, check_goal, choose_exit_config
 from .cascade_costs import member_flops
 from .checksums import fingerprint
 from .configuration_costeff import problem_type_of
@@ -30,16 +30,17 @@ from .efficiency import (
 )
 from .exit_criteria import ExitConfig
 from .exit_quality import difficulty_inversion_score
-from .exit_replay import ExitLogits, ExitReplay
+from .exit_replay import ExitLogits, ExitReplay, ExitTimes
 from .markdown import markdown_table
 from .metrics import METRICS, compute_metrics, default_metric
 from .modeling_cascade import CostEffCascade
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, inference
 from .promises import weights_fingerprint
+from .stages import train_keys
 
+logger = logging.get_logger(__name__)
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
 TIMED_BATCHES = (32, 1)
-logger = logging.get_logger(__name__)
 
 
 def model_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,6 +106,22 @@ def _asked(
     return torch.cat(gathered)[order.argsort()]
 
 
+def _one_each(
+    model: PreTrainedModel, dataset: Dataset | Sequence[Dataset], collator: Collator | Sequence[Collator]
+) -> tuple[list[Dataset], list[Collator]]:
+    """A data set and a collator for every member of a cascade, and one of each for a single model."""
+    members = len(model.config.members) if isinstance(model, CostEffCascade) else 1
+    datasets = [dataset] * members if isinstance(dataset, Dataset) else list(dataset)
+    collators = [collator] * members if callable(collator) else list(collator)
+    if not len(datasets) == len(collators) == members or len({len(rows) for rows in datasets}) != 1:
+        models = f"a cascade of {members} members" if isinstance(model, CostEffCascade) else "a single model"
+        raise ValueError(
+            f"There are data sets of {[len(rows) for rows in datasets]} rows and {len(collators)} collators for "
+            f"{models}. Give one for all, or one per member, of the same rows."
+        )
+    return datasets, collators
+
+
 def collect_member_logits(
     cascade: CostEffCascade,
     dataset: Dataset | Sequence[Dataset],
@@ -133,14 +150,7 @@ def collect_member_logits(
     Raises:
         ValueError: Data sets that are not one for all or one per member, of equally many rows.
     """
-    members = len(cascade.config.members)
-    datasets = [dataset] * members if isinstance(dataset, Dataset) else list(dataset)
-    collators = [collator] * members if callable(collator) else list(collator)
-    if not len(datasets) == len(collators) == members or len({len(rows) for rows in datasets}) != 1:
-        raise ValueError(
-            f"There are data sets of {[len(rows) for rows in datasets]} rows and {len(collators)} collators for "
-            f"{members} members. Give one for all, or one per member, of the same rows."
-        )
+    datasets, collators = _one_each(cascade, dataset, collator)
     logits, flops = [], []
     with inference(cascade):
         for number, (rows, pad) in enumerate(zip(datasets, collators, strict=True), start=1):
@@ -196,8 +206,7 @@ def exit_reliability(
     is_cascade = isinstance(model, CostEffCascade)
     members = [model.member(index) for index in range(len(model.members))] if is_cascade else [model]
     orders = model.config.label_positions if is_cascade else [None]
-    datasets = [dataset] * len(members) if isinstance(dataset, Dataset) else dataset
-    collators = [collator] * len(members) if callable(collator) else collator
+    datasets, collators = _one_each(model, dataset, collator)
     problem_type = problem_type_of(model.config)
     function = METRICS[problem_type][metric or default_metric(problem_type)]
     found = []
@@ -225,13 +234,16 @@ def calibrate(
     max_metric_drop: float | None = None,
     max_disagreement: float | None = None,
     target_speedup: float | None = None,
+    max_latency_ms: float | None = None,
     reference_flops: float | None = None,
+    exit_times: ExitTimes | None = None,
     guarantee: bool = False,
     delta: float = 0.1,
     criterion: str | None = None,
     per_exit: bool = False,
     fit_temperatures: bool = True,
     checked_exits: list[int] | None = None,
+    trained_keys: Collection[int] | None = None,
     show_progress: bool = True,
 ) -> ExitConfig:
     """Choose exit settings on held-out rows from one goal and store them in the model, for `predict(early_exit=True)`.
@@ -249,8 +261,11 @@ def calibrate(
         max_metric_drop: Goal: points that the metric may lose against full depth. Has no guarantee.
         max_disagreement: Goal: share of the rows, in points, that may answer otherwise than full depth. Needs no
             labels.
-        target_speedup: Goal: the FLOPs ratio to reach. Has no guarantee.
+        target_speedup: Goal: the ratio of FLOPs to reach, or with `exit_times` of time. Has no guarantee.
+        max_latency_ms: Goal: milliseconds per text, on average. Needs `exit_times`; has no guarantee.
         reference_flops: What the speed-up is measured against, FLOPs per row; `None`: this model at full depth.
+        exit_times: What the exits take on the machine that will serve, from
+            [`hf_costeff.exit_times.measure_exit_times`]. `None`: FLOPs count. There are none for a cascade.
         guarantee: Whether the loss must keep to the goal on new rows of the same distribution, with probability
             1 - `delta` over the sample. The promise names the weights; if none can be made, nobody leaves early.
         delta: Largest chance of a broken promise, above 0 and below 1.
@@ -259,6 +274,9 @@ def calibrate(
         fit_temperatures: Whether each exit's temperature is fitted first; otherwise they are 1.
         checked_exits: Layers whose exit may be asked, as in [`ExitConfig`]. `None`: those of stored settings that were
             chosen by time and not by a calibration (`hf-costeff benchmark --choose_exits`); without, chosen here too.
+        trained_keys: [`row_keys`] of the `input_ids` that the model was trained on; there is a warning if some of the
+            rows, as the last member of a cascade reads them, are among them. `None`: what the run that made the model
+            wrote down in the folder it was loaded from.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -269,25 +287,23 @@ def calibrate(
     """
     if not isinstance(model, CostEffForSequenceClassification | CostEffCascade):
         raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
+    values = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
+    goals: dict[str, Any] = dict(zip(GOALS, values, strict=True))
+    goals |= {"reference_flops": reference_flops, "exit_times": exit_times, "guarantee": guarantee, "delta": delta}
+    accuracy = "accuracy" if max_accuracy_drop is not None else None
+    metric = metric or accuracy or default_metric(model.config.resolved_problem_type)
+    check_goal(model.config, metric, **goals)  # before the model runs over all rows
+    datasets, collators = _one_each(model, dataset, collator)
+    rows = datasets[-1]
+    _warn_of_trained_rows(model, rows, trained_keys)
     stored = model.config.exit_config or {}
     if checked_exits is None and not stored.get("calibration"):
         checked_exits = stored.get("checked_exits")
     search = ExitSearch(criterion, per_exit, fit_temperatures, checked_exits)
-    records = _calibration_records(model, dataset, collator, guarantee, show_progress)
-    accuracy = "accuracy" if max_accuracy_drop is not None else None
-    settings = choose_exit_config(
-        records,
-        model.config,
-        metric or accuracy or default_metric(model.config.resolved_problem_type),
-        max_accuracy_drop=max_accuracy_drop,
-        max_metric_drop=max_metric_drop,
-        max_disagreement=max_disagreement,
-        target_speedup=target_speedup,
-        reference_flops=reference_flops,
-        search=search,
-        guarantee=guarantee,
-        delta=delta,
-    )
+    records = _calibration_records(model, datasets, collators, show_progress)
+    if guarantee:
+        records = dataclasses.replace(records, row_keys=row_keys(rows))
+    settings = choose_exit_config(records, model.config, metric, search=search, **goals)
     promise = (settings.calibration or {}).get("promise")
     if promise is not None:
         promise["fingerprint"] = weights_fingerprint(model if isinstance(model, CostEffCascade) else model.costeff)
@@ -299,20 +315,14 @@ def calibrate(
 
 def _calibration_records(
     model: CostEffForSequenceClassification | CostEffCascade,
-    dataset: Dataset | Sequence[Dataset],
-    collator: Collator | Sequence[Collator],
-    guarantee: bool,
+    datasets: list[Dataset],
+    collators: list[Collator],
     show_progress: bool,
 ) -> ExitLogits:
     showing: dict[str, Any] = {"description": "Calibrating", "show_progress": show_progress}
     if isinstance(model, CostEffCascade):
-        records = collect_member_logits(model, dataset, collator, **showing)
-    elif isinstance(dataset, Dataset) and callable(collator):
-        records = collect_exit_logits(model, dataset, collator, **showing)
-    else:
-        raise TypeError("A single model is calibrated on a single data set. Several are for the members of a cascade.")
-    rows = dataset if isinstance(dataset, Dataset) else dataset[-1]
-    return dataclasses.replace(records, row_keys=row_keys(rows)) if guarantee else records
+        return collect_member_logits(model, datasets, collators, **showing)
+    return collect_exit_logits(model, datasets[0], collators[0], **showing)
 
 
 def _warn_if_dearer(settings: ExitConfig) -> None:
@@ -324,10 +334,28 @@ def _warn_if_dearer(settings: ExitConfig) -> None:
         )
 
 
-def row_keys(dataset: Dataset) -> list[int]:
-    """A whole number made from the tokens and the label of each row; equal rows have equal ones."""
-    columns = [dataset[name] for name in ("input_ids", "labels") if name in dataset.column_names]
-    return [int(fingerprint(map(str, row)), 16) for row in zip(*columns, strict=True)]
+def row_keys(dataset: Dataset, columns: Sequence[str] = ("input_ids", "labels")) -> list[int]:
+    """A whole number made from the tokens and the label of each row; equal rows have equal ones.
+
+    Args:
+        dataset: Tokenized rows.
+        columns: What counts; one that is not there is left out.
+    """
+    values = [dataset[name] for name in columns if name in dataset.column_names]
+    return [int(fingerprint(map(str, row)), 16) for row in zip(*values, strict=True)]
+
+
+def _warn_of_trained_rows(model: PreTrainedModel, dataset: Dataset, trained_keys: Collection[int] | None) -> None:
+    if trained_keys is None and model.name_or_path:  # as a path an empty name would be the working directory
+        trained_keys = train_keys(model.name_or_path)
+    trained = set(trained_keys or ())
+    shared = sum(key in trained for key in row_keys(dataset, ["input_ids"])) if trained else 0
+    if shared:
+        logger.warning(
+            f"{shared:,} of {len(dataset):,} calibration rows have texts that the model was trained on. It is surer "
+            "and more often right there than on new ones, so what is chosen, seen and promised on them looks better "
+            "than it is. Give rows that no training saw."
+        )
 
 
 @dataclass(frozen=True)
@@ -421,9 +449,9 @@ def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, 
     model, records = contender.model, contender.records
     if isinstance(model, CostEffForSequenceClassification):
         exits = ExitReplay(records, model.config).at(contender.settings)
-        spent = torch.tensor(cumulative_flops(model.config, PAPER_SEQ_LENGTH, exits.checked_exits)).double()
+        spent = torch.tensor(cumulative_flops(model.config, PAPER_SEQ_LENGTH, exits.asked)).double()
         logits, flops, exit_layer = exits.logits, exits.mean_flops, exits.mean_exit_layer
-        flops_at_128 = float(spent[exits.exit_layers - 1].mean())
+        flops_at_128 = float(spent[exits.exit_layer - 1].mean())
         shares = exits.exit_shares
     else:
         logits, exit_layer, shares = records.logits[:, 0], float(model.config.num_hidden_layers), [1.0]

@@ -377,6 +377,15 @@ class PatienceCriterion(ExitCriterion):
             raise ValueError("Patience on a regression model needs `tolerance`: the largest change, in label units.")
         self.tolerance = settings.tolerance or 0.0
 
+    def can_leave(self, exit_index: int) -> bool:
+        """False where neither this nor any later exit but the last has seen enough exits to let a row leave.
+
+        With a tolerance of 0 no change is small enough, so that only a patience of 0 lets rows leave.
+        """
+        fixed = self.problem_type == REGRESSION and self.tolerance == 0
+        exits = range(exit_index, len(self.patience) - 1)
+        return any(self.patience[later] <= (0 if fixed else later) for later in exits)
+
     def evidence(self, history: Tensor, exit_index: int) -> Tensor:
         """1 where the exit's `patience` last steps between checked exits all agree, otherwise 0, shape (rows,)."""
         patience = self.patience[exit_index]

@@ -1,4 +1,4 @@
-"""What every exit is worth on labelled rows, what early exit costs whom, and how sure the speed-accuracy curve is."""
+"""What every exit is worth on labelled rows, which rows early exit answers otherwise, and how sure the curve is."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from .class_outcomes import ClassOutcome
 from .exit_criteria import (
     MULTI_LABEL,
     REGRESSION,
     ExitConfig,
-    answers,
     decision_log_probabilities,
-    same_answers,
     spread,
 )
 from .exit_replay import ExitReplay
@@ -26,7 +22,6 @@ from .metrics import METRICS
 BINS = 10
 CURVE_POINTS = 25
 RESAMPLES = 200
-LENGTH_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -174,7 +169,7 @@ def _decisions(logits: Tensor, labels: np.ndarray, problem_type: str) -> tuple[n
     chances = decision_log_probabilities(logits.double(), problem_type)
     truth = labels > 0.5 if problem_type == MULTI_LABEL else labels[:, None]
     best, answered = chances.max(-1)
-    others = chances.scatter(-1, answered.unsqueeze(-1), -torch.inf).logsumexp(-1)
+    others = chances.scatter(-1, answered.unsqueeze(-1), -np.inf).logsumexp(-1)
     right = (answered.numpy() == truth).ravel()
     return best.exp().numpy().ravel(), right, (best - others).numpy().ravel()
 
@@ -186,12 +181,12 @@ def curve_with_bands(replay: ExitReplay, path: Sequence[ExitConfig], metric: str
 
     Args:
         replay: Labelled rows.
-        path: Settings from careful to bold; at most 25 that differ in FLOPs are shown, evenly spread.
+        path: Settings from careful to bold; at most 25 of those that differ are shown, evenly spread.
         metric: See `hf_costeff.metrics.METRICS`.
         seed: Of the resampling.
     """
-    by_flops = {exits.mean_flops: exits for exits in map(replay.at, path)}
-    distinct = [by_flops[flops] for flops in sorted(by_flops)]
+    distinct = [replay.at(settings) for part in replay.distinct(path) for settings in part]
+    distinct.sort(key=lambda exits: exits.mean_flops)
     shown = [distinct[i] for i in np.unique(np.linspace(0, len(distinct) - 1, CURVE_POINTS).round().astype(int))]
     function, labels = METRICS[replay.problem_type][metric], replay.records.known_labels()
     generator = np.random.default_rng(seed)
@@ -205,38 +200,6 @@ def curve_with_bands(replay: ExitReplay, path: Sequence[ExitConfig], metric: str
     return points
 
 
-def length_outcomes(replay: ExitReplay, settings: ExitConfig) -> list[ClassOutcome]:
-    """What early exit does to short and to long rows: up to four groups of about equal size, shortest first.
-
-    Args:
-        replay: Labelled rows.
-        settings: Exit settings.
-
-    Returns:
-        Outcomes, named by their lengths; empty for regression, where no answer is right or wrong.
-    """
-    if replay.problem_type == REGRESSION:
-        return []
-    exits, lengths = replay.at(settings), replay.records.seq_lengths.numpy()
-    right = [_right(replay, logits) for logits in (replay.full_depth.logits, exits.logits)]
-    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_GROUPS + 1)[1:-1]))
-    groups = np.searchsorted(edges, lengths, side="left")
-    outcomes = []
-    for group in np.unique(groups):
-        own = groups == group
-        full, early = (float(good[own].mean()) for good in right)
-        shortest, longest = lengths[own].min(), lengths[own].max()
-        name = f"{shortest} tokens" if shortest == longest else f"{shortest} to {longest} tokens"
-        layer = float(exits.exit_layers.numpy()[own].mean())
-        outcomes.append(ClassOutcome(name, int(own.sum()), full, early, layer))
-    return outcomes
-
-
-def _right(replay: ExitReplay, logits: Tensor) -> np.ndarray:
-    labels = torch.from_numpy(replay.records.known_labels())
-    return same_answers(answers(logits, replay.problem_type), labels, replay.problem_type).numpy()
-
-
 def flipped_rows(replay: ExitReplay, settings: ExitConfig) -> list[int]:
     """Positions of the rows that early exit answers otherwise than full depth; empty for regression.
 
@@ -246,5 +209,5 @@ def flipped_rows(replay: ExitReplay, settings: ExitConfig) -> list[int]:
     """
     if replay.problem_type == REGRESSION:
         return []
-    full, early = (answers(e.logits, replay.problem_type) for e in (replay.full_depth, replay.at(settings)))
-    return torch.nonzero(~same_answers(full, early, replay.problem_type)).flatten().tolist()
+    index = replay.at(settings).exit_index.numpy()
+    return np.flatnonzero(replay.losses("max_disagreement")[np.arange(len(index)), index]).tolist()

@@ -13,7 +13,6 @@ from typing import Any
 
 from .calibration import curve_settings, describe_seen
 from .charts import draw_curve_chart, draw_reliability_chart
-from .class_outcomes import ClassOutcome, class_outcomes
 from .configuration_costeff import CostEffConfig
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
 from .exit_quality import (
@@ -22,9 +21,9 @@ from .exit_quality import (
     exit_qualities,
     expected_calibration_error,
     flipped_rows,
-    length_outcomes,
 )
 from .exit_replay import ExitLogits, ExitReplay, stored_settings
+from .group_outcomes import GroupOutcome, class_outcomes, length_outcomes
 from .guarantees import describe_promise
 from .markdown import markdown_table, quoted
 
@@ -162,12 +161,7 @@ def _exit_table(qualities: Sequence[ExitQuality], metric: str) -> Table:
 
 
 def _damage(replay: ExitReplay, settings: ExitConfig) -> Iterator[Block]:
-    records = replay.records
-    assert records.labels is not None
-    groups = {
-        "class": class_outcomes(records.logits, records.labels, settings, replay.config),
-        "length": length_outcomes(replay, settings),
-    }
+    groups = {"class": class_outcomes(replay, settings), "length": length_outcomes(replay, settings)}
     for name, outcomes in groups.items():
         if outcomes:
             yield Heading(f"Damage by {name}")
@@ -179,7 +173,7 @@ def _damage(replay: ExitReplay, settings: ExitConfig) -> Iterator[Block]:
         )
 
 
-def _outcome_table(name: str, outcomes: Sequence[ClassOutcome]) -> Table:
+def _outcome_table(name: str, outcomes: Sequence[GroupOutcome]) -> Table:
     total = sum(outcome.rows for outcome in outcomes)
     rows = []
     for outcome in outcomes:
@@ -205,7 +199,7 @@ def _flips(replay: ExitReplay, settings: ExitConfig, texts: Sequence[str]) -> It
             (
                 texts[row],
                 *(_name(answer[row].tolist(), replay.config) for answer in (labels, full, early)),
-                str(exits.exit_layers[row].item()),
+                str(exits.exit_layer[row].item()),
             )
             for row in rows[:MOST_TEXTS]
         ],

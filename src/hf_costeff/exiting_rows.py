@@ -237,16 +237,18 @@ class RunningRows:
         if not others:
             return first
         rows, columns = sum(map(len, groups)), max(group.longest for group in groups)
-        hidden_states = first.hidden_states.new_zeros(rows, columns, first.hidden_states.shape[-1])
+        hidden_states = first.hidden_states.new_empty(rows, columns, first.hidden_states.shape[-1])
         padding_mask = None
         if any(group.padding_mask is not None or group.longest < columns for group in groups):
             padding_mask = torch.zeros(rows, columns, dtype=torch.bool, device=hidden_states.device)
         start = 0
         for group in groups:
-            place = (slice(start, start + len(group)), slice(0, group.longest))
-            hidden_states[place] = group.hidden_states
+            own = slice(start, start + len(group))
+            hidden_states[own, : group.longest] = group.hidden_states
+            hidden_states[own, group.longest :] = 0  # what stands in padding must be finite
             if padding_mask is not None:
-                padding_mask[place] = True if group.padding_mask is None else group.padding_mask != 0
+                real = True if group.padding_mask is None else group.padding_mask != 0
+                padding_mask[own, : group.longest] = real
             start += len(group)
         return RunningRows(
             numbers=[number for group in groups for number in group.numbers],

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta, binom
+from scipy.stats import binom
 
 FITTING_SHARE = 3  # one row in so many fits temperatures and the path; the others test it
 MOST_ROWS = 1_000_000
@@ -67,7 +67,7 @@ def p_value(flips: int, rows: int, epsilon: float) -> float:
     return float(binom.cdf(flips, rows, epsilon))
 
 
-def last_safe(flips: Iterable[int], rows: int, epsilon: float, delta: float) -> tuple[int, int] | None:
+def last_safe(flips: Sequence[int], rows: int, epsilon: float, delta: float) -> tuple[int, int] | None:
     """The boldest setting on a path whose loss rate is proved to be at most `epsilon`.
 
     Settings are tested in the given order, each at level `delta`, until the first that is not proved. With
@@ -75,7 +75,7 @@ def last_safe(flips: Iterable[int], rows: int, epsilon: float, delta: float) -> 
     path was laid without a look at these rows.
 
     Args:
-        flips: Rows that lost under each setting, careful to bold; read no further than needed.
+        flips: Rows that lost under each setting, careful to bold.
         rows: Rows each was tested on.
         epsilon: Largest rate, a fraction above 0 and below 1.
         delta: Largest chance of a broken promise, above 0 and below 1.
@@ -88,23 +88,9 @@ def last_safe(flips: Iterable[int], rows: int, epsilon: float, delta: float) -> 
         >>> last_safe([0, 1, 2, 0], 400, 0.01, 0.1)
         (1, 1)
     """
-    found = None
-    for position, count in enumerate(flips):
-        if p_value(count, rows, epsilon) > delta:
-            break
-        found = (position, count)
-    return found
-
-
-def upper_bound(flips: int, rows: int, delta: float) -> float:
-    """Clopper-Pearson's upper bound of a rate: above it with probability at most `delta`.
-
-    Example: no flip in n rows gives 1 - delta ** (1 / n).
-
-        >>> round(upper_bound(0, 100, 0.1), 6) == round(1 - 0.1**0.01, 6)
-        True
-    """
-    return 1.0 if flips >= rows else float(beta.ppf(1 - delta, flips + 1, rows - flips))
+    unproved = np.flatnonzero(binom.cdf(flips, rows, epsilon) > delta)
+    proved = int(unproved[0]) if len(unproved) else len(flips)
+    return (proved - 1, flips[proved - 1]) if proved else None
 
 
 def zero_loss_rows(epsilon: float, delta: float) -> int:
@@ -159,7 +145,7 @@ def describe_promise(promise: Mapping[str, Any]) -> str:
         promise: What `calibration` holds of an [`ExitConfig`] under `"promise"`.
 
     Example:
-        >>> numbers = {"epsilon": 0.01, "delta": 0.1, "rows": 800, "flips": 2, "upper_bound": 0.0066}
+        >>> numbers = {"epsilon": 0.01, "delta": 0.1, "rows": 800, "flips": 2}
         >>> print(describe_promise({"loss": "max_disagreement", **numbers}))
         Promised for new rows of the same kind, with probability 0.9: for at most 1.00% of them the early answer differs
         from that of full depth. It was tested on 800 rows, of which 2 lost.

@@ -1,7 +1,8 @@
 """Task metrics on plain arrays: GLUE's usual numbers per problem type, and a paired bootstrap between two models.
 
-Computed with scikit-learn and scipy, because `evaluate.load` needs the network. Every metric is finite for every
-input: a correlation with a constant side, which mathematics leaves undefined, is 0.0 here (no association shown).
+Computed here and with scipy, because `evaluate.load` needs the network, and a search over exit thresholds asks for them
+thousands of times. Every metric is finite for every input: a correlation with a constant side, which mathematics leaves
+undefined, is 0.0 here (no association shown).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
-from sklearn import metrics as sk_metrics
 
 from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
@@ -43,22 +43,48 @@ def f1(logits: np.ndarray, labels: np.ndarray) -> float:
     >>> f1(np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), np.array([1, 0, 0])) == 2 / 3
     True
     """
-    average = "binary" if logits.shape[-1] == 2 else "macro"
-    return float(sk_metrics.f1_score(labels, np.argmax(logits, axis=-1), average=average, zero_division=0.0))
+    return f1_of(confusion_matrix(np.argmax(logits, axis=-1), labels, logits.shape[-1]))
+
+
+def f1_of(confusion: np.ndarray) -> float:
+    """[`f1`] from a [`confusion_matrix`]."""
+    seen = confusion.sum(0) + confusion.sum(1)
+    counted = np.arange(len(seen)) == 1 if len(seen) == 2 else seen > 0
+    return float(np.mean(2 * confusion.diagonal()[counted] / np.maximum(seen[counted], 1)))
 
 
 def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
     """Matthews correlation of predicted and true classes, in [-1, 1] (GLUE's metric for CoLA).
 
-    0.0 when predictions or labels are constant.
+    0.0 when predictions or labels are constant. For more than two classes the R_K statistic (Gorodkin 2004).
 
     Args:
         logits: Shape (rows, labels).
         labels: Class indices, shape (rows,).
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "a single label was found": answered by 0.0
-        return float(sk_metrics.matthews_corrcoef(labels, np.argmax(logits, axis=-1)))
+    return matthews_of(confusion_matrix(np.argmax(logits, axis=-1), labels, logits.shape[-1]))
+
+
+def matthews_of(confusion: np.ndarray) -> float:
+    """[`matthews`] from a [`confusion_matrix`]."""
+    predicted, true, rows = (confusion.sum(axis).astype(float) for axis in (0, 1, None))
+    spread = (rows**2 - predicted @ predicted) * (rows**2 - true @ true)
+    return float((np.trace(confusion) * rows - predicted @ true) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def confusion_matrix(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Rows by true and by answered class, shape (classes, classes).
+
+    Args:
+        answers: Class indices, shape (rows,).
+        labels: The true ones, shape (rows,).
+        classes: How many there are.
+
+    >>> confusion_matrix(np.array([0, 1, 1]), np.array([0, 0, 1]), 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    pairs = np.asarray(labels, dtype=np.int64) * classes + answers
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def multi_label_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -121,6 +147,9 @@ METRICS: dict[str, dict[str, MetricFunction]] = {
     REGRESSION: {"spearman": spearman, "pearson": pearson, "mse": mse},
 }
 """Problem type -> metric name -> function of logits (rows, labels) and labels. The first name is the default."""
+
+CONFUSION_METRICS: dict[str, Callable[[np.ndarray], float]] = {"f1": f1_of, "matthews": matthews_of}
+"""Those of single-label problems that a search computes from a [`confusion_matrix`], without going back to logits."""
 
 LOWER_IS_BETTER = frozenset({"mse"})
 """Names of the metrics of which less is better; of all others more is better."""

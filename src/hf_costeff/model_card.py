@@ -11,11 +11,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration import describe_seen
-from .class_outcomes import ClassOutcome
 from .configuration_costeff import CostEffConfig
 from .efficiency import PAPER_SEQ_LENGTH, cumulative_flops
 from .evaluation import TIMED_BATCHES, ReportRow, format_table
 from .exit_criteria import REGRESSION
+from .group_outcomes import GroupOutcome
 from .guarantees import describe_promise
 from .hub import CARD, MARKER, TAGS, is_written_by_hand, plain_card, read_json
 from .markdown import markdown_table, quoted
@@ -60,7 +60,12 @@ class CompressionCard:
     def rows(self) -> list[ReportRow]:
         """The measured lines that still hold: early exit only under the settings that the model has now."""
         rows = [ReportRow(**row) for row in self.report["rows"]]
-        return rows if self.report["exit_config"] == self.config.exit_config else rows[:-1]
+        return rows if self.report["exit_config"] in (None, self.config.exit_config) else rows[:-1]
+
+    @property
+    def early_exit_holds(self) -> bool:
+        """Whether the last line is early exit under the settings that the model has now."""
+        return self.report["exit_config"] is not None and self.report["exit_config"] == self.config.exit_config
 
     def render(self) -> ModelCard:
         """The card, metadata and text."""
@@ -138,11 +143,11 @@ class CompressionCard:
         return f" of {' '.join(filter(None, (source, settings.get('dataset_config'))))}" if source else ""
 
     @property
-    def classes(self) -> list[ClassOutcome]:
+    def classes(self) -> list[GroupOutcome]:
         """What early exit does to each class, the class that loses most first; empty where nobody looked."""
         if len(self.rows) < len(self.report["rows"]):  # measured with other exit settings
             return []
-        return [ClassOutcome(**outcome) for outcome in self.report.get("classes") or []]
+        return [GroupOutcome(**outcome) for outcome in self.report.get("classes") or []]
 
     def class_table(self) -> str:
         """A line per class, at most `SHOWN_CLASSES`."""
@@ -192,7 +197,7 @@ class CompressionCard:
         scores = [score for score in self.exit_metrics() if score is not None]
         if len(scores) == len(self.config.exit_layers):
             columns[f"{self.report['metric']} if all leave here"] = [f"{score:.4f}" for score in scores]
-        if len(self.rows) == len(self.report["rows"]):
+        if self.early_exit_holds:
             columns["share of rows"] = [f"{share:.1%}" for share in self.rows[-1].exit_shares]
         return markdown_table(list(columns), list(zip(*columns.values(), strict=True)))
 
@@ -201,7 +206,7 @@ class CompressionCard:
         notes = ["FLOPs are those of a text that leaves there, exits on the way included."]
         if None not in self.exit_metrics():
             notes.append(f"The {self.report['metric']} is on the rows held out for choosing settings.")
-        if len(self.rows) == len(self.report["rows"]):
+        if self.early_exit_holds:
             notes.append("Shares are on the validation rows.")
         else:
             notes.append("The exit settings were replaced after these measurements, so shares are not told.")

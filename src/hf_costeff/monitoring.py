@@ -103,6 +103,7 @@ class ExitMonitor:
             raise ValueError(f"`false_alarm_rate` is {false_alarm_rate:g}. It must lie above 0 and below 1.")
         self.depth, self.false_alarm_rate = depth, false_alarm_rate
         self.alarm_at: int | None = None
+        self.rows = 0
         self._ties = np.random.default_rng(seed)
         streams = self._streams(exit_layers, confidence)
         if not len(streams["exit layers"]):
@@ -133,7 +134,7 @@ class ExitMonitor:
         chances = probabilities(exits.scaled_logits(settings), config.resolved_problem_type)
         confidence = answer_confidence(chances, config.resolved_problem_type)
         return cls(
-            *(exits.exit_layers, confidence),
+            *(exits.exit_layer, confidence),
             depth=config.num_hidden_layers,
             false_alarm_rate=false_alarm_rate,
             seed=seed,
@@ -145,13 +146,11 @@ class ExitMonitor:
         return self.alarm_at is not None
 
     @property
-    def rows(self) -> int:
-        """Live rows seen so far."""
-        return next(iter(self._martingales.values())).steps
-
-    @property
     def evidence(self) -> dict[str, float]:
-        """Present odds against "as at calibration" by what is watched; each raises an alarm at `alarm_level`."""
+        """Odds against "as at calibration" by what is watched, each of which raises an alarm at `alarm_level`.
+
+        They are the present ones, or those of the alarm if there was one: nothing is bet after it.
+        """
         return {name: martingale.wealth for name, martingale in self._martingales.items()}
 
     @property
@@ -176,9 +175,12 @@ class ExitMonitor:
         if streams.keys() != self._martingales.keys():
             raise ValueError(f"Given: {', '.join(streams)}. Calibration had: {', '.join(self._martingales)}.")
         for row in zip(*streams.values(), strict=True):
+            self.rows += 1
+            if self.alarm:
+                continue
             for martingale, value in zip(self._martingales.values(), row, strict=True):
                 martingale.update(int(value), self._ties.random())
-            if not self.alarm and max(self.evidence.values()) >= self.alarm_level:
+            if max(self.evidence.values()) >= self.alarm_level:
                 self.alarm_at = self.rows
         return self.alarm
 
@@ -198,6 +200,7 @@ class ExitMonitor:
             "depth": self.depth,
             "false_alarm_rate": self.false_alarm_rate,
             "alarm_at": self.alarm_at,
+            "rows": self.rows,
             "ties": self._ties.bit_generator.state,
             "martingales": {
                 name: {"counts": martingale.counts.tolist(), "steps": martingale.steps, "capital": martingale.capital}
@@ -212,7 +215,7 @@ class ExitMonitor:
         state: dict[str, Any] = json.loads(text)
         monitor = cls.__new__(cls)
         monitor.depth, monitor.false_alarm_rate = state["depth"], state["false_alarm_rate"]
-        monitor.alarm_at = state["alarm_at"]
+        monitor.alarm_at, monitor.rows = state["alarm_at"], state["rows"]
         monitor._ties = np.random.default_rng()
         monitor._ties.bit_generator.state = state["ties"]
         monitor._martingales = {}

@@ -73,25 +73,27 @@ class Recipe:
     batch_size: int = 32
 
 
-def fast_recipe(rows: int, num_attention_heads: int) -> Recipe:
+def fast_recipe(rows: int, num_attention_heads: int, num_labels: int = 2) -> Recipe:
     """Minutes on a CPU: few events, and higher learning rates, which a narrow model takes well. Unlike the paper.
 
     Args:
         rows: Training rows; does not matter here.
         num_attention_heads: Heads kept per layer; does not matter here.
+        num_labels: Classes. A batch of 32 shows few of many, so that heads trained on labels get 20 steps per class.
     """
+    for_classes = 20 * num_labels
     return Recipe(
         name="fast",
-        teacher=Phase(3, 5e-5, min_steps=400),
+        teacher=Phase(3, 5e-5, min_steps=max(400, for_classes)),
         assistant_representation=Phase(0, 0),
-        assistant_prediction=Phase(1, 1e-4, min_steps=400, max_steps=2000),
+        assistant_prediction=Phase(1, 1e-4, min_steps=max(400, for_classes), max_steps=2000),
         assistant_representation_weight=1.0,
         interval=Phase(0.2, 1e-4, min_steps=60, max_steps=300, representation_only_ratio=0.7),
         interval_growth=1.0,
         events=3,
         importance_rows=640,
         representation=Phase(1, 3e-4, min_steps=300, max_steps=2000),
-        prediction=Phase(3, 3e-4, min_steps=1500, max_steps=10_000),
+        prediction=Phase(3, 3e-4, min_steps=max(1500, for_classes), max_steps=10_000),
         token_replacement_rate=0.15,
         exit_pooling="mean",
     )
@@ -109,7 +111,7 @@ _PAPER_EPOCHS = {
 }
 
 
-def paper_recipe(rows: int, num_attention_heads: int) -> Recipe:
+def paper_recipe(rows: int, num_attention_heads: int, num_labels: int = 2) -> Recipe:
     """The schedule of COST-EFF's pipeline at batch size 32, by size of the data set and heads kept of 12.
 
     Unlike the pipeline: the first interval decays over its own steps; the warm-up has no floor of 10 steps; rows are
@@ -120,6 +122,7 @@ def paper_recipe(rows: int, num_attention_heads: int) -> Recipe:
     Args:
         rows: Training rows: under 20,000 is small, under 200,000 medium.
         num_attention_heads: Heads kept per layer; outside 2..8 the nearest column of the pipeline's table is taken.
+        num_labels: Classes; does not matter here.
     """
     size = 0 if rows < 20_000 else 1 if rows < 200_000 else 2
     interval, representation, prediction = _PAPER_EPOCHS[min(8, max(2, num_attention_heads))][size]
@@ -141,4 +144,4 @@ def paper_recipe(rows: int, num_attention_heads: int) -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[int, int], Recipe]] = {"fast": fast_recipe, "paper": paper_recipe}
+RECIPES: dict[str, Callable[[int, int, int], Recipe]] = {"fast": fast_recipe, "paper": paper_recipe}

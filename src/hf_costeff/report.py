@@ -62,6 +62,31 @@ def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts:
     draw_pareto_chart(result.model_path / "pareto.png", result.rows, curve, result.metric)
 
 
+def drop_exit_figures(folder: str | Path) -> bool:
+    """Take out of a model's folder what was measured with exit settings that it no longer has.
+
+    `efficiency.json` keeps everything else: teacher, assistant, full depth, plan, stages. `SUMMARY.md` and `pareto.png`
+    speak of early exit throughout and are removed.
+
+    Args:
+        folder: A saved model, with the report of its run or without.
+
+    Returns:
+        Whether there was a report.
+    """
+    folder = Path(folder)
+    file = folder / "efficiency.json"
+    if not file.exists():
+        return False
+    report = json.loads(file.read_text())
+    if report["exit_config"] is not None:
+        report |= {"rows": report["rows"][:-1], "exit_config": None, "classes": [], "curve": []}
+        file.write_text(json.dumps(report, indent=1))
+    for name in ("SUMMARY.md", "pareto.png"):
+        (folder / name).unlink(missing_ok=True)
+    return True
+
+
 def without_folders(value: Any) -> Any:
     """A path, absolute or there, as `./name`; anything else as it is.
 

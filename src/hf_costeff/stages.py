@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .checksums import CHECKSUMS, is_whole, write_checksums
 
 RUN_FILE = "run.json"
 RECORD_FILE = "stage.json"
+TRAIN_KEYS = "train_keys.npy"
 
 
 class StageStore:
@@ -73,6 +76,10 @@ class StageStore:
                 "Choose another `output_dir`, delete this one, or repeat the first settings to go on."
             )
 
+    def keep_train_keys(self, keys: Sequence[int]) -> None:
+        """Write down which rows are trained on, as digests, for [`train_keys`]."""
+        np.save(self.folder / TRAIN_KEYS, np.array(keys, dtype=np.uint64))
+
     def working_dir(self, name: str) -> Path:
         """Where an unfinished stage keeps its checkpoints; made if it is not there."""
         path = self.folder / f"{name}.working"
@@ -117,3 +124,16 @@ class StageStore:
                 "those of the stages after it, and run the same command again; the stages before it are kept."
             )
         return path
+
+
+def train_keys(model_path: str | Path) -> set[int] | None:
+    """Digests of the rows that a model was compressed on, as its run wrote them down beside it.
+
+    Args:
+        model_path: The folder of the run.
+
+    Returns:
+        What [`StageStore.keep_train_keys`] was given; `None` if no run lies there.
+    """
+    file = Path(model_path) / "stages" / TRAIN_KEYS
+    return set(np.load(file).tolist()) if file.is_file() else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..benchmark_report import write_benchmark
-from ..benchmarking import PRECISIONS, BenchmarkGrid, benchmark, choose_exits
+from ..benchmarking import PRECISIONS, BenchmarkGrid, benchmark
 from ..checkpoints import load_classifier
 from ..data import SplitArguments, make_collator, prepare_split
-from .command import Command, load_slim, writable_folder
+from ..exit_times import choose_exits
+from .command import Command, load_slim, save_settings, writable_folder
 
 
 @dataclass
@@ -65,7 +66,7 @@ def run(wanted: BenchmarkArguments, data: SplitArguments) -> str:
     collator, said = make_collator(tokenizer), []
     if wanted.choose_exits:
         chosen = choose_exits(model, rows, collator, grid).checked_exits
-        model.config.save_pretrained(folder)
+        save_settings(model, tokenizer, wanted.model, folder)
         kept = f"after layers {', '.join(map(str, chosen))}" if chosen else "nowhere but at the end"
         said.append(
             f"Saved in {folder}: at batch size {grid.batch_sizes[0]} on this machine exits pay {kept}. Thresholds are "

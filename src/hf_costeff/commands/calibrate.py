@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..calibration import describe_seen
+from ..calibration import GOALS, describe_seen, one_goal
 from ..data import SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from ..exit_criteria import CRITERIA, ExitConfig
+from ..exit_times import measure_exit_times
 from ..guarantees import describe_promise
-from .command import Command, load_slim, writable_folder
+from .command import Command, load_slim, save_settings, writable_folder
 
 
 @dataclass
-class CalibrationArguments:
-    """What the command is asked for: a model, and exactly one goal."""
+class SettingsArguments:
+    """What exit settings are chosen for, of a model or a cascade: exactly one goal, and which settings are tried."""
 
     model: str = field(metadata={"help": "A multi-exit model: a local folder, or a Hub id with --output_dir."})
     split: str | None = field(
@@ -57,8 +58,28 @@ class CalibrationArguments:
     )
 
 
+@dataclass
+class CalibrationArguments(SettingsArguments):
+    """What the command is asked for: a model, and exactly one goal, which may be a time."""
+
+    max_latency_ms: float | None = field(
+        default=None, metadata={"help": "Goal: milliseconds per text on average, measured on this machine."}
+    )
+    measured: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure what each exit takes on this machine. --target_speedup counts time then, and within a "
+            "largest loss the fastest settings are taken."
+        },
+    )
+    batch_size: int = field(default=1, metadata={"help": "Texts that run together when times are measured."})
+    threads: int = field(default=1, metadata={"help": "CPU threads when times are measured."})
+
+
 def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
     """Choose the exit settings, save them in the model, and say what was seen and promised."""
+    goals = {name: getattr(wanted, name) for name in GOALS}
+    one_goal(goals)
     folder = writable_folder(wanted.model, wanted.output_dir)
     model, tokenizer = load_slim(wanted.model)
     if len(model.config.exit_layers) == 1:
@@ -80,15 +101,16 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
         max_positions=model.config.longest_text,
         require_labels=wanted.max_disagreement is None,
     )
+    collator, times = make_collator(tokenizer), None
+    if wanted.measured or wanted.max_latency_ms is not None:
+        times = measure_exit_times(model, rows, collator, batch_size=wanted.batch_size, threads=wanted.threads)
     settings = calibrate(
         model,
         rows,
-        make_collator(tokenizer),
+        collator,
         metric=wanted.metric,
-        max_accuracy_drop=wanted.max_accuracy_drop,
-        max_metric_drop=wanted.max_metric_drop,
-        max_disagreement=wanted.max_disagreement,
-        target_speedup=wanted.target_speedup,
+        **goals,
+        exit_times=times,
         guarantee=wanted.guarantee,
         delta=wanted.delta,
         criterion=wanted.criterion,
@@ -96,11 +118,7 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
         fit_temperatures=wanted.fit_temperatures,
         checked_exits=wanted.checked_exits,
     )
-    if wanted.output_dir is None:  # only the settings change, so the weights are not written again
-        model.config.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    save_settings(model, tokenizer, wanted.model, folder)
     seen = settings.calibration or {}
     return (
         f"Saved in {folder}: {settings.criterion} criterion with {describe_limit(settings)}. {describe_seen(seen)}"
@@ -110,7 +128,7 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
 
 def describe_limit(settings: ExitConfig) -> str:
     """Thresholds or patience of exit settings, and the exits they check."""
-    limits = {"limit": settings.threshold, "patience": settings.patience, "tolerance": settings.tolerance}
+    limits = {"threshold": settings.threshold, "patience": settings.patience, "tolerance": settings.tolerance}
     parts = [f"{name} {_numbers(value)}" for name, value in limits.items() if value is not None]
     if settings.checked_exits is not None:
         parts.append(f"exits checked after layers {', '.join(map(str, settings.checked_exits))}")

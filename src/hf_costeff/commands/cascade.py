@@ -10,13 +10,13 @@ from ..cascade_training import CascadeArguments, train_cascade
 from ..conversion import longest_text
 from ..data import DataArguments, SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
-from .calibrate import CalibrationArguments, describe_limit, describe_what_holds
+from .calibrate import SettingsArguments, describe_limit, describe_what_holds
 from .command import Command, writable_folder
 from .predict import PredictionArguments, answer_all
 
 
 @dataclass
-class CascadeCalibrationArguments(CalibrationArguments):
+class CascadeCalibrationArguments(SettingsArguments):
     """What a calibration of single models is asked for, with members for exits, and a budget."""
 
     max_megaflops: float | None = field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,7 +12,10 @@ from typing import Any
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from ..checkpoints import load_classifier, load_config, load_tokenizer
+from ..hub import REPORT_FILES
+from ..model_card import write_model_card
 from ..modeling_costeff import CostEffForSequenceClassification
+from ..report import drop_exit_figures
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,29 @@ def load_slim(name: str) -> tuple[CostEffForSequenceClassification, PreTrainedTo
             f"{name} is a {model.config.model_type} model without exits. Compress it first: hf-costeff compress."
         )
     return model, load_tokenizer(name)
+
+
+def save_settings(
+    model: CostEffForSequenceClassification, tokenizer: PreTrainedTokenizerBase, name: str, folder: str
+) -> None:
+    """Save a model of which nothing but the exit settings has changed, with the figures and the card that still hold.
+
+    Args:
+        model: With its new settings.
+        tokenizer: The model's.
+        name: Where it came from.
+        folder: Where it goes; its own folder gets the settings alone, since the weights are there.
+    """
+    if Path(folder).resolve() == Path(name).resolve():
+        model.config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for file in (Path(name) / kept for kept in REPORT_FILES):
+            if file.is_file():
+                shutil.copy(file, folder)
+    if drop_exit_figures(folder):
+        write_model_card(folder, Path(folder).resolve().name)
 
 
 def writable_folder(name: str, output_dir: str | None) -> str:
