@@ -12,9 +12,11 @@ import json
 import re
 from pathlib import Path
 
+from hf_costeff.markdown import markdown_table
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
-TASKS = ("sst2", "mrpc", "cola", "rte", "stsb", "qnli", "mnli")
+TASKS = ("sst2", "mrpc", "cola", "rte", "stsb", "qnli", "mnli", "clinc150")
 VARIANTS = ("base", "final-exit", "random", "single-exit", "two-stage", "squat")
 
 
@@ -25,6 +27,8 @@ def main() -> None:
         "clock": clock_table(),
         "ablations": ablation_table(),
         "peers": peers_table(),
+        "promises": promises_table(),
+        "curves": curves_table(),
     }
     text = PAGE.read_text()
     for name, table in tables.items():
@@ -165,6 +169,37 @@ def peers_table() -> str:
 
 def _times_as_fast(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.2f} ({ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f})"
+
+
+def promises_table() -> str:
+    """How often settings chosen on a sample lose more than epsilon on the whole pool, promised and plainly swept."""
+    rows = []
+    for file in sorted((HERE / "results").glob("guarantees-*.json"), key=lambda file: TASKS.index(_task(file))):
+        found = json.loads(file.read_text())
+        by_kind = {(run["goal"], run["rows"], run["epsilon"], run["guarantee"]): run for run in found["runs"]}
+        for (goal, size, epsilon, guarantee), promised in by_kind.items():
+            if guarantee:
+                plain = by_kind[goal, size, epsilon, False]
+                cells = (f"{_task(file)}, {found['pool_rows']:,}", goal, f"{size:,}", f"{100 * epsilon:g}")
+                cells += (f"{promised['share_broken']:.1%}", f"{promised['share_fell_back']:.1%}")
+                cells += (f"{promised['mean_speedup']:.2f}x", f"{plain['share_broken']:.1%}")
+                rows.append((*cells, f"{plain['share_accuracy_dropped_more']:.1%}", f"{plain['mean_speedup']:.2f}x"))
+    header = ["pool", "goal", "rows per sample", "epsilon, points", "promise broken", "fell back", "fewer FLOPs"]
+    return markdown_table([*header, "plain sweep broken", "by net accuracy", "fewer FLOPs"], rows)
+
+
+def curves_table() -> str:
+    """Times fewer FLOPs on validation with at most so many points of accuracy lost, by the way thresholds are set."""
+    rows = []
+    for name, found in json.loads((HERE / "results" / "exit-curves.json").read_text()).items():
+        for way, points in found["at_equal_accuracy"].items():
+            cells = [f"{point['speedup']:.2f}x" for point in points.values()]
+            rows.append([f"{name} ({found['full_depth_accuracy']:.3f})", way, *cells])
+    return markdown_table(["run (accuracy at full depth)", "thresholds", "0", "0.5", "1", "2 points lost"], rows)
+
+
+def _task(file: Path) -> str:
+    return file.stem.split("-")[1]
 
 
 def spread(rows: list[dict], key: str, digits: int = 4) -> str:

@@ -216,7 +216,7 @@ def test_the_commands_say_what_is_missing(checkpoints, capsys):
         (["cascade", "calibrate", str(checkpoints / "whole"), "--target_speedup", "2"], "no cascade"),
         (
             ["cascade", "calibrate", "x", "--target_speedup", "2", "--max_megaflops", "1"],
-            "Choose the thresholds by one",
+            "Give exactly one of",
         ),
         (["cascade", "predict", str(checkpoints / "nowhere")], "cannot be loaded"),
         (["cascade", "fly"], "unknown command 'cascade"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import disable_progress_bars
@@ -170,7 +171,7 @@ def test_calibrate_chooses_a_threshold_and_saves_it_with_the_model(slim, files, 
     settings = ExitConfig.from_dict(model.config.exit_config)
     assert settings.calibration["goal"] == {"target_speedup": 1.2} and settings.calibration["rows"] == 20
     out = capsys.readouterr().out
-    assert f"Saved in {slim}: entropy criterion with threshold {settings.threshold:g}. On 20 held-out rows" in out
+    assert f"Saved in {slim}: entropy criterion with threshold {settings.threshold:g}. On 20 rows" in out
     assert f"{settings.calibration['speedup_over_full_depth']:.2f}x fewer FLOPs" in out
     inputs = word_tokenizer()(["the film was good"], return_tensors="pt")
     assert 1 <= model.predict(**inputs, early_exit=True).exit_layer.item() <= 4
@@ -236,6 +237,21 @@ def test_calibrate_may_save_elsewhere(slim, files, tmp_path):
     assert (tmp_path / "new" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--target_speedup", "2", "--guarantee", "--measured"], "A guarantee is asked for `--target_speedup`"),
+        (["--max_metric_drop", "1", "--threads", "2"], "`--threads` set how times are measured, and none are."),
+        (["--max_latency_ms", "1", "--threads", "0"], "`--threads`"),
+    ],
+)
+def test_calibrate_refuses_before_the_clock_runs(flags, words, slim, files, capsys, monkeypatch):
+    monkeypatch.setattr("hf_costeff.exit_times.measure_alternating", lambda *given, **more: pytest.fail("it ran"))
+    before = Path(slim, "config.json").read_text()
+    assert main(["calibrate", slim, *files, *flags]) in (1, 2)
+    assert words in capsys.readouterr().err and Path(slim, "config.json").read_text() == before
+
+
 def test_calibrate_keeps_a_latency_that_was_measured_here(slim, files, capsys):
     assert main(["calibrate", slim, *files, "--max_latency_ms", "1000", "--batch_size", "2"]) == 0
     seen = calibrated(slim).calibration
@@ -268,7 +284,7 @@ def test_calibrate_drops_the_figures_that_belong_to_the_replaced_settings(slim, 
         assert not (folder / "SUMMARY.md").exists() and not (folder / "pareto.png").exists()
         card = (folder / "README.md").read_text()
         assert f"# {folder.name}" in card and "The exit settings were replaced after these measurements" in card
-        assert "On 20 held-out rows" in card and "87" not in card.split("| slim, full depth |")[0]
+        assert "On 20 rows" in card and "87" not in card.split("| slim, full depth |")[0]
         assert (tmp_path / "slim" / "SUMMARY.md").exists() == (folder == copy)  # a copy leaves the model as it was
     assert main(["calibrate", slim, *files, "--max_metric_drop", "2"]) == 0  # and once more
 

@@ -9,6 +9,7 @@ from transformers import DataCollatorWithPadding
 
 from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import CostEffForSequenceClassification, ExitConfig
+from hf_costeff.calibration import describe_seen
 from hf_costeff.efficiency import cumulative_flops, stock_flops
 from hf_costeff.evaluation import (
     Contender,
@@ -112,7 +113,7 @@ def test_calibrating_stores_settings_that_predict_uses(rows):
     assert settings.calibration["full_depth"] == pytest.approx(sum(full) / 23)
 
 
-def test_exits_that_were_chosen_by_time_are_kept_and_those_of_another_calibration_are_not(rows):
+def test_exits_that_were_chosen_by_time_are_kept_through_calibrations_and_those_that_were_named_are_not(rows):
     model = tiny_model()
     model.config.exit_config = ExitConfig(threshold=0.5, checked_exits=[2]).to_dict()
 
@@ -120,8 +121,17 @@ def test_exits_that_were_chosen_by_time_are_kept_and_those_of_another_calibratio
         return calibrate(model, rows, COLLATOR, max_metric_drop=100.0, show_progress=False, **options).checked_exits
 
     assert chosen() == [2]
-    assert chosen() != [2]  # now they are a calibration's
+    assert chosen() == [2]
     assert chosen(checked_exits=[3]) == [3]
+    assert chosen() not in ([2], [3])
+
+
+def test_where_no_exit_pays_there_is_nothing_to_calibrate(rows):
+    model = tiny_model()
+    model.config.exit_config = ExitConfig(threshold=0.5, checked_exits=[]).to_dict()
+    with pytest.raises(ValueError, match=r"No exit may be asked: `checked_exits` is empty.* Name the layers"):
+        calibrate(model, rows, COLLATOR, target_speedup=2.0, show_progress=False)
+    assert model.config.exit_config["checked_exits"] == []
 
 
 def test_a_promise_names_the_weights_and_the_order_of_the_rows_does_not_matter(rows):
@@ -169,8 +179,10 @@ def test_rows_that_the_model_was_trained_on_are_told(rows, tmp_path, monkeypatch
     monkeypatch.setattr("hf_costeff.evaluation.logger.warning", said.append)
     trained = row_keys(rows.select([1, 5, 6]), ["input_ids"])
     relabelled = rows.map(lambda row: {"labels": (row["labels"] + 1) % 3})  # the text counts
-    calibrate(tiny_model(), relabelled, COLLATOR, max_metric_drop=1.0, trained_keys=trained, show_progress=False)
+    goal = {"max_metric_drop": 1.0, "trained_keys": trained, "show_progress": False}
+    settings = calibrate(tiny_model(), relabelled, COLLATOR, **goal)
     assert len(said) == 1 and said[0].startswith("3 of 23 calibration rows have texts that the model was trained on")
+    assert describe_seen(settings.calibration).startswith("On 23 rows, 3 of which were in training: ")
     tiny_model().save_pretrained(tmp_path)
     StageStore(tmp_path / "run", {}).keep_train_keys(trained)
     (tmp_path / "run" / "stages").rename(tmp_path / "stages")

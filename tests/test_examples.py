@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import batch_prediction
+import block_prune
 import calibrate_model
 import cascade
 import compress_checkpoint
@@ -87,6 +88,7 @@ def loads_and_leaves_early(folder) -> bool:
 
 EXAMPLES = [
     batch_prediction,
+    block_prune,
     calibrate_model,
     cascade,
     compress_checkpoint,
@@ -152,6 +154,25 @@ def test_a_file_is_predicted_at_full_depth_and_with_early_exit(teacher, monkeypa
     assert "full depth: " in printed and "answers as at full depth: " in printed
     assert printed.count(" after layer ") == 3
     assert sum(int(line.split()[3]) for line in printed.splitlines() if line.startswith("after layer")) == 160
+
+
+def test_a_model_is_pruned_at_two_ratios_after_one_penalised_run(teacher, monkeypatch, capsys):
+    (teacher / "named.csv").write_text((teacher / "rows.csv").read_text().replace("opinion,verdict", "text,label", 1))
+    run(
+        monkeypatch,
+        block_prune,
+        model=[teacher / "teacher"],
+        train_file=[teacher / "named.csv"],
+        ratios=[0.5, 0.8],
+        epochs=[0.25],
+        output_dir=[teacher / "packed"],
+        texts=TEXTS,
+    )
+    printed = capsys.readouterr().out
+    assert ("2.00 times fewer weights" in printed and "4.9" in printed) or "5.0" in printed
+    assert all(text in printed for text in TEXTS)
+    stages = sorted(path.name.split("-")[0] for path in (teacher / "packed" / "stages").iterdir() if path.is_dir())
+    assert stages == ["penalty", "prune", "prune", "retrain", "retrain"]
 
 
 @pytest.fixture

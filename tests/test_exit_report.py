@@ -93,7 +93,7 @@ def test_it_tells_what_early_exit_costs_and_whom(tmp_path):
     text = write_exit_report(records_of(), config_of(), "accuracy", tmp_path, texts=TEXTS, markdown=True).read_text()
     for words in (
         "On 40 rows accuracy is 1.0000 at full depth and 0.9500 with early exit. A row runs 1.00 of 2 layers",
-        "The settings were chosen before: On 50 held-out rows: 2.00% answer otherwise",
+        "The settings were chosen before: On 50 rows: 2.00% answer otherwise",
         "for at most 5.00% of them the early answer differs",
         "| 1 | 0.9500 | 100.0% |",
         "| 2 | 1.0000 | 0.0% |",

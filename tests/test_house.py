@@ -24,11 +24,12 @@ SOURCE = Path(hf_costeff.__file__).parent
 TIERS = {
     0: "configuration_costeff exit_criteria exit_heads encoder_layers exiting_rows hub promises modeling_costeff "
     "pipeline_costeff skip_gates packed_linear configuration_cascade modeling_cascade",
-    1: "augmentation conversion importance slenderization losses block_pruning efficiency calibration exit_replay "
-    "guarantees metrics group_outcomes exit_quality monitoring cascade_costs",
-    2: "markdown training_args trainer checkpoints checksums data columns evaluation recipes distillation "
-    "compression_args stages compression report exit_report charts prediction difficulty model_card onnx_runner "
-    "export benchmarking benchmark_report exit_times cascade cascade_training",
+    1: "augmentation conversion importance slenderization losses block_pruning packing efficiency calibration "
+    "exit_replay guarantees metrics group_outcomes exit_quality monitoring cascade_costs",
+    2: "markdown training_args block_training trainer checkpoints checksums mask_files data columns evaluation "
+    "recipes distillation compression_args stages compression block_compression report exit_report charts "
+    "prediction difficulty model_card onnx_runner export benchmarking benchmark_report exit_times cascade "
+    "cascade_training",
     3: "commands cli",
 }
 TIER = {name: tier for tier, names in TIERS.items() for name in names.split()}
@@ -186,6 +187,13 @@ def test_every_public_name_is_there():
     assert sorted(name for name in hf_costeff.__all__ if not hasattr(hf_costeff, name)) == []
 
 
+PACKED = {
+    "layers.3.feed_forward.output": {
+        **{"along": "columns", "slabs": [8, 8], "kept": [5, 12]},
+        **{"block": [1, 8], "layout": "panels"},
+    }
+}
+
 WITHOUT_THE_PACKAGE = """
 import sys, torch
 sys.modules["hf_costeff"] = None  # any import of it fails
@@ -211,7 +219,7 @@ print("answers alike")
 
 def test_the_hub_files_answer_alike_where_the_package_is_not_installed(tmp_path, monkeypatch):
     """From the tier-0 files copied to an empty folder, and by `trust_remote_code` from beside the weights."""
-    model = tiny_model(exit_config=ExitConfig(threshold=0.8).to_dict())
+    model = tiny_model(exit_config=ExitConfig(threshold=0.8).to_dict(), packed_layers=PACKED)
     model.save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     auto_map = {

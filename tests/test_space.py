@@ -228,7 +228,7 @@ def test_without_flags_it_shows_what_the_demo_leaves(app, tmp_path):
         shown = ask(address, app.EXAMPLES, 0.5)
     assert [p.text for p in shown.iter("p") if p.get("class") == "text"] == app.EXAMPLES.splitlines()
     assert {b.text for b in shown.iter("b") if b.text} <= set(labels.values())
-    assert "On 1,000 held-out rows" in next(p.text for p in shown.iter("p") if p.get("class") == "note")
+    assert "On 1,000 rows" in next(p.text for p in shown.iter("p") if p.get("class") == "note")
 
 
 def test_the_demo_leaves_its_models_where_the_page_looks(app, monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .block_pruning import BlockShape, prune_blocks
 from .configuration_cascade import CostEffCascadeConfig
 from .configuration_costeff import CostEffConfig
 from .conversion import convert_from_stock, convert_to_stock
@@ -24,10 +25,12 @@ from .exit_criteria import (
 )
 from .modeling_cascade import CostEffCascade
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
+from .packing import choose_layouts, pack, unpack
 from .pipeline_costeff import PIPELINE_TASK, CostEffClassificationPipeline
 from .slenderization import SlenderizationPlan, slenderize
 
 if TYPE_CHECKING:
+    from .block_training import BlockPenalty, MaskedTraining
     from .cascade import load_cascade, make_cascade, save_cascade
     from .cascade_training import train_cascade
     from .compression import compress
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "BlockPenalty",
+    "BlockShape",
     "ConfidenceCriterion",
     "CostEffCascade",
     "CostEffCascadeConfig",
@@ -55,9 +60,11 @@ __all__ = [
     "ExitConfig",
     "ExitMonitor",
     "MarginCriterion",
+    "MaskedTraining",
     "PatienceCriterion",
     "SlenderizationPlan",
     "calibrate",
+    "choose_layouts",
     "compress",
     "convert_from_stock",
     "convert_to_stock",
@@ -66,10 +73,13 @@ __all__ = [
     "load_cascade",
     "make_cascade",
     "mark_hard_rows",
+    "pack",
     "predict_texts",
+    "prune_blocks",
     "save_cascade",
     "slenderize",
     "train_cascade",
+    "unpack",
 ]
 
 AutoConfig.register(CostEffConfig.model_type, CostEffConfig, exist_ok=True)
@@ -82,6 +92,8 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 _ON_FIRST_USE = {
+    "BlockPenalty": "block_training",
+    "MaskedTraining": "block_training",
     "calibrate": "evaluation",
     "compress": "compression",
     "difficulty_labels": "difficulty",

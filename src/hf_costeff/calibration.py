@@ -39,7 +39,7 @@ from .exit_replay import (
     ThresholdPath,
 )
 from .guarantees import last_safe, p_value, rows_needed, sample_needed, split_rows, zero_loss_rows
-from .metrics import LOWER_IS_BETTER, METRICS, check_metric, paired_bootstrap
+from .metrics import LOWER_IS_BETTER, METRICS, check_metric, paired_bootstrap, worse_by
 
 SHARES = np.linspace(0.005, 1.0, 200)
 GRID = tuple(step / 200 for step in range(201))
@@ -228,7 +228,7 @@ def curve_settings(records: ExitLogits, config: ExitingConfig) -> Sequence[ExitC
     )
 
 
-Path = tuple[Sequence[ExitConfig], ...]
+SettingsPath = tuple[Sequence[ExitConfig], ...]
 """Settings from careful to bold, in parts that share everything but their limits."""
 
 
@@ -252,12 +252,18 @@ class ExitSearch:
     def __post_init__(self) -> None:
         if self.criterion is not None and self.criterion not in CRITERIA:
             raise ValueError(f"`criterion` is {self.criterion!r}. It must be one of {', '.join(CRITERIA)}.")
+        if self.checked_exits == []:
+            raise ValueError(
+                "No exit may be asked: `checked_exits` is empty, as where no exit pays on the machine that "
+                "`hf-costeff benchmark --choose_exits` measured. Everybody runs to the end then and there is nothing "
+                "to choose. Name the layers whose exits may be asked with `checked_exits`."
+            )
 
     def criterion_for(self, problem_type: str) -> str:
         """The criterion's name."""
         return self.criterion or default_criterion(problem_type)
 
-    def paths(self, replay: ExitReplay, goal: str) -> list[Path]:
+    def paths(self, replay: ExitReplay, goal: str) -> list[SettingsPath]:
         """The settings to try on these rows: paths from careful to bold, one for each choice of exits to check.
 
         Checked are all exits from some exit on, and the first path checks them all. A path ends with everybody leaving
@@ -269,7 +275,7 @@ class ExitSearch:
             if len(replay) < FEWEST_ROWS:
                 raise ValueError(
                     f"There are {len(replay)} rows to fit temperatures on, and it takes {FEWEST_ROWS}. "
-                    "Give more rows, or leave the temperatures at 1 with `fit_temperatures=False`."
+                    "Give more rows, or switch `fit_temperatures` off, which leaves them at 1."
                 )
             temperatures = fit_temperatures(replay.records, replay.problem_type)
         losses = replay.losses(goal) if self.per_exit else None
@@ -279,7 +285,10 @@ class ExitSearch:
         if self.checked_exits is not None:
             return [(path(checked_exits=self.checked_exits),)]
         early = replay.config.exit_layers[:-1]
-        paths: list[Path] = [(path(),), *((path(checked_exits=early[start:]),) for start in range(1, len(early)))]
+        paths: list[SettingsPath] = [
+            (path(),),
+            *((path(checked_exits=early[start:]),) for start in range(1, len(early))),
+        ]
         if goal not in BUDGETS:
             return paths
         return paths + [
@@ -368,15 +377,6 @@ def choose_exit_config(
     return dataclasses.replace(chosen, calibration={"goal": {goal: limit}, **_seen(replay, chosen, metric), **extra})
 
 
-def worse_by(before: float, after: float, metric: str) -> float:
-    """How much of a metric was lost, positive if it is worse than before, also where less is better.
-
-    >>> worse_by(0.5, 0.75, "mse"), worse_by(0.5, 0.75, "accuracy")
-    (0.25, -0.25)
-    """
-    return after - before if metric in LOWER_IS_BETTER else before - after
-
-
 Loss = Callable[[ReplayedPath], Iterable[float]]
 
 
@@ -397,7 +397,9 @@ def _loss_of(replay: ExitReplay, goal: str, metric: str) -> Loss:
     return losses
 
 
-def _within(replay: ExitReplay, paths: list[Path], loss: Loss, limit: float, costs: Costs) -> tuple[ExitConfig, Path]:
+def _within(
+    replay: ExitReplay, paths: list[SettingsPath], loss: Loss, limit: float, costs: Costs
+) -> tuple[ExitConfig, SettingsPath]:
     """Of the boldest settings of each path that keep to the limit, the ones that cost least; and their path.
 
     The most careful ones are among them: members of a cascade that release few rows cost more than they save.
@@ -425,7 +427,7 @@ def _boldest(pieces: list[ReplayedPath], loss: Loss, limit: float) -> tuple[Repl
 
 def _reaching(
     replay: ExitReplay,
-    paths: list[Path],
+    paths: list[SettingsPath],
     metric: str,
     costs: Costs,
     goal: str,
@@ -539,14 +541,16 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
 
     Example:
         >>> describe_seen({"rows": 50, "disagreement": 0.02, "mean_exit_layer": 2.5, "speedup_over_full_depth": 2.0})
-        'On 50 held-out rows: 2.00% answer otherwise than at full depth, mean exit layer 2.50, 2.00x fewer FLOPs.'
+        'On 50 rows: 2.00% answer otherwise than at full depth, mean exit layer 2.50, 2.00x fewer FLOPs.'
     """
     if "metric" in seen:
         quality = f"{seen['metric']} {seen['full_depth']:.4f} at full depth, {seen['early_exit']:.4f} with early exit"
     else:
         quality = f"{100 * seen['disagreement']:.2f}% answer otherwise than at full depth"
+    trained = seen.get("trained_rows", 0)
+    rows = f"{seen['rows']:,} rows, {trained:,} of which were in training" if trained else f"{seen['rows']:,} rows"
     said = (
-        f"On {seen['rows']:,} held-out rows: {quality}, mean exit layer {seen['mean_exit_layer']:.2f}, "
+        f"On {rows}: {quality}, mean exit layer {seen['mean_exit_layer']:.2f}, "
         f"{seen['speedup_over_full_depth']:.2f}x fewer FLOPs."
     )
     if timed := seen.get("timed"):
@@ -587,7 +591,7 @@ def check_goal(
     _check_served(goal, limit, metric, config.resolved_problem_type)
     _check_times(exit_times, config, goal, reference_flops)
     if guarantee:
-        _check_guarantee(goal, limit, delta)
+        check_guarantee(goal, limit, delta)
     return goal, limit
 
 
@@ -624,7 +628,17 @@ def _check_served(goal: str, limit: float, metric: str, problem_type: str) -> No
         )
 
 
-def _check_guarantee(goal: str, limit: float, delta: float) -> None:
+def check_guarantee(goal: str, limit: float, delta: float) -> None:
+    """Refuse a promise that no rows could serve.
+
+    Args:
+        goal: One of `GOALS`.
+        limit: Its value, in points.
+        delta: Largest chance of a broken promise.
+
+    Raises:
+        ValueError: A goal without a 0/1 loss, or a number out of range.
+    """
     if goal not in GUARANTEED:
         raise ValueError(
             f"A guarantee is asked for `{goal}`, and there is none: the loss of each row must be 0 or 1. Use "

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ExitConfig
+from .packed_linear import Packing
 
 MAX_LAYERS = 1_000
 MAX_WIDTH = 1_000_000
@@ -129,6 +130,8 @@ class CostEffConfig(PreTrainedConfig):
         gradient_equilibrium: Whether training scales gradients so that a layer sees the mean over this and all deeper
             exits (Li et al. 2019). It never changes a forward result.
         exit_config: Saved exit settings as a plain dict (see [`ExitConfig`]); `None` if the model was not calibrated.
+        packed_layers: Linear layers of which only some blocks are stored: name in [`CostEffModel`] -> its
+            [`hf_costeff.packed_linear.Packing`] as a plain dict; `None` for none.
 
     Raises:
         StrictDataclassError: (huggingface_hub's, around a `ValueError` or `TypeError`) for a value out of range or of
@@ -165,6 +168,7 @@ class CostEffConfig(PreTrainedConfig):
     exit_pooling: str = "cls"
     gradient_equilibrium: bool = True
     exit_config: dict | None = None
+    packed_layers: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Before anything is expanded: a layer or a label takes memory for its widths or its name alone.
@@ -199,6 +203,22 @@ class CostEffConfig(PreTrainedConfig):
     def longest_text(self) -> int:
         """Tokens that the position table holds."""
         return self.max_position_embeddings - self.position_offset
+
+    def matrix_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the four matrices of a 1-based layer, by the name of their module in [`CostEffModel`]."""
+        width = self.num_attention_heads[layer - 1] * self.attention_head_size
+        neurons, prefix = self.intermediate_size[layer - 1], f"layers.{layer - 1}."
+        return {
+            f"{prefix}attention.query_key_value": (3 * width, self.hidden_size),
+            f"{prefix}attention.output": (self.hidden_size, width),
+            f"{prefix}feed_forward.intermediate": (neurons, self.hidden_size),
+            f"{prefix}feed_forward.output": (self.hidden_size, neurons),
+        }
+
+    def packing(self, name: str, shape: tuple[int, int]) -> Packing | None:
+        """What is stored of a matrix of `matrix_shapes`; `None` if all of it is."""
+        described = (self.packed_layers or {}).get(name)
+        return None if described is None else Packing.from_dict(described, *shape)
 
     def validate_sizes(self) -> None:
         """Refuse sizes that no model can have, before any memory is taken."""
@@ -274,3 +294,21 @@ class CostEffConfig(PreTrainedConfig):
     def validate_exit_config(self) -> None:
         """Refuse saved exit settings that no `predict` could use."""
         check_exit_config(self.exit_config)
+
+    def validate_packed_layers(self) -> None:
+        """Refuse packed layers that the model does not have, or of which more is kept than there is."""
+        if self.packed_layers is None:
+            return
+        self.validate_widths()  # shapes follow from them
+        left = set(self.packed_layers)
+        for layer in range(1, self.num_hidden_layers + 1):
+            for name, shape in self.matrix_shapes(layer).items():
+                left.discard(name)
+                try:
+                    self.packing(name, shape)
+                except ValueError as error:
+                    shown = _shortened(self.packed_layers[name])
+                    raise ValueError(f"`packed_layers` has {name} as {shown}. {error}") from error
+        if left:
+            names = _shortened(sorted(map(str, left)))
+            raise ValueError(f"`packed_layers` names {names}. There is no such linear layer in this model.")

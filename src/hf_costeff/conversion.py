@@ -24,6 +24,7 @@ from transformers import (
 
 from .configuration_costeff import CostEffConfig
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
+from .packed_linear import require_unpacked
 
 
 @dataclass(frozen=True)
@@ -376,9 +377,11 @@ def convert_to_stock(model: CostEffForSequenceClassification) -> PreTrainedModel
         the dtype, device and train/eval mode of `model`.
 
     Raises:
-        ValueError: If the exits read the mean over the tokens, or the head size does not divide the hidden size.
+        ValueError: If the exits read the mean over the tokens, the head size does not divide the hidden size, or the
+            model is packed.
     """
     config = model.config
+    require_unpacked(config, "A stock model")
     if config.exit_pooling != "cls":
         raise ValueError(
             f"`exit_pooling` is {config.exit_pooling!r}, and stock classifiers read the first token. Train with "

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_costeff import CostEffConfig
 from .conversion import convert_config
+from .packed_linear import DENSE
 
 FLOPS_PER_MAC = 2
 PAPER_SEQ_LENGTH = 128  # tokens per row where a figure is to be compared with the paper's
@@ -56,14 +57,15 @@ def parameter_count(config: CostEffConfig) -> int:
         >>> parameter_count(CostEffConfig(num_attention_heads=2, intermediate_size=256, embedding_rank=128))
         13920024
     """
-    hidden, head_size, rank = config.hidden_size, config.attention_head_size, config.embedding_rank
+    hidden, rank = config.hidden_size, config.embedding_rank
     norm = 2 * hidden
     words = config.vocab_size * hidden if rank is None else (config.vocab_size + hidden) * rank
     total = words + (config.max_position_embeddings + config.type_vocab_size) * hidden + norm
-    for heads, neurons in zip(config.num_attention_heads, config.intermediate_size, strict=True):
-        width = heads * head_size
-        total += 3 * width * (hidden + 1) + (width + 1) * hidden + norm
-        total += neurons * (hidden + 1) + (neurons + 1) * hidden + norm
+    for layer in range(1, config.num_hidden_layers + 1):
+        for name, (rows, columns) in config.matrix_shapes(layer).items():
+            packing = config.packing(name, (rows, columns))
+            total += rows + (rows * columns if packing is None else packing.num_weights)
+        total += 2 * norm
     return total + len(config.exit_layers) * (hidden + 1) * (config.num_labels or 0)
 
 
@@ -77,7 +79,13 @@ def checkpoint_bytes(config: CostEffConfig, bytes_per_parameter: int = 4) -> int
     Returns:
         Bytes.
     """
-    return parameter_count(config) * bytes_per_parameter
+    total = parameter_count(config) * bytes_per_parameter
+    for layer in range(1, config.num_hidden_layers + 1):
+        for name, shape in config.matrix_shapes(layer).items():
+            packing = config.packing(name, shape)
+            if packing is not None:
+                total += packing.num_indices * packing.index_dtype(*shape).itemsize
+    return total
 
 
 def embedding_flops(config: CostEffConfig, seq_length: int) -> int:
@@ -96,6 +104,8 @@ def embedding_flops(config: CostEffConfig, seq_length: int) -> int:
 
 def layer_flops(config: CostEffConfig, layer: int, seq_length: int) -> int:
     """FLOPs of one row in one encoder layer: four projections, two attention products, two feed-forward matrices.
+
+    Of a packed matrix the blocks that are left count, or all of it where its layout is dense.
 
     Args:
         config: Sizes.
@@ -117,11 +127,12 @@ def layer_flops(config: CostEffConfig, layer: int, seq_length: int) -> int:
     _check_seq_length(seq_length)
     if not 1 <= layer <= config.num_hidden_layers:
         raise ValueError(f"There is no layer {layer}: `layer` is 1-based and lies in 1..{config.num_hidden_layers}.")
+    multiplied = 0
+    for name, (rows, columns) in config.matrix_shapes(layer).items():
+        packing = config.packing(name, (rows, columns))
+        multiplied += rows * columns if packing is None or packing.layout == DENSE else packing.num_weights
     width = config.num_attention_heads[layer - 1] * config.attention_head_size
-    neurons = config.intermediate_size[layer - 1]
-    linear = seq_length * config.hidden_size * (4 * width + 2 * neurons)
-    products = 2 * seq_length * seq_length * width
-    return FLOPS_PER_MAC * (linear + products)
+    return FLOPS_PER_MAC * seq_length * (multiplied + 2 * seq_length * width)
 
 
 def exit_head_flops(config: CostEffConfig) -> int:

@@ -273,7 +273,8 @@ def calibrate(
         per_exit: Whether every exit gets its own threshold; otherwise one serves all.
         fit_temperatures: Whether each exit's temperature is fitted first; otherwise they are 1.
         checked_exits: Layers whose exit may be asked, as in [`ExitConfig`]. `None`: those of stored settings that were
-            chosen by time and not by a calibration (`hf-costeff benchmark --choose_exits`); without, chosen here too.
+            chosen by time (`hf-costeff benchmark --choose_exits`), however often was calibrated since; without, chosen
+            here too.
         trained_keys: [`row_keys`] of the `input_ids` that the model was trained on; there is a warning if some of the
             rows, as the last member of a cascade reads them, are among them. `None`: what the run that made the model
             wrote down in the folder it was loaded from.
@@ -294,17 +295,19 @@ def calibrate(
     metric = metric or accuracy or default_metric(model.config.resolved_problem_type)
     check_goal(model.config, metric, **goals)  # before the model runs over all rows
     datasets, collators = _one_each(model, dataset, collator)
-    rows = datasets[-1]
-    _warn_of_trained_rows(model, rows, trained_keys)
-    stored = model.config.exit_config or {}
-    if checked_exits is None and not stored.get("calibration"):
-        checked_exits = stored.get("checked_exits")
-    search = ExitSearch(criterion, per_exit, fit_temperatures, checked_exits)
+    by_time = None if checked_exits is not None else _exits_chosen_by_time(model)
+    search = ExitSearch(criterion, per_exit, fit_temperatures, by_time if checked_exits is None else checked_exits)
+    trained_rows = _count_trained_rows(model, datasets[-1], trained_keys)
     records = _calibration_records(model, datasets, collators, show_progress)
     if guarantee:
-        records = dataclasses.replace(records, row_keys=row_keys(rows))
+        records = dataclasses.replace(records, row_keys=row_keys(datasets[-1]))
     settings = choose_exit_config(records, model.config, metric, search=search, **goals)
-    promise = (settings.calibration or {}).get("promise")
+    assert settings.calibration is not None
+    if by_time is not None:
+        settings.calibration["exits_chosen_by_time"] = True
+    if trained_rows:
+        settings.calibration["trained_rows"] = trained_rows
+    promise = settings.calibration.get("promise")
     if promise is not None:
         promise["fingerprint"] = weights_fingerprint(model if isinstance(model, CostEffCascade) else model.costeff)
     if isinstance(model, CostEffCascade):
@@ -345,7 +348,15 @@ def row_keys(dataset: Dataset, columns: Sequence[str] = ("input_ids", "labels"))
     return [int(fingerprint(map(str, row)), 16) for row in zip(*values, strict=True)]
 
 
-def _warn_of_trained_rows(model: PreTrainedModel, dataset: Dataset, trained_keys: Collection[int] | None) -> None:
+def _exits_chosen_by_time(model: PreTrainedModel) -> list[int] | None:
+    """The checked exits of stored settings that no calibration chose; they outlast any number of calibrations."""
+    stored = model.config.exit_config or {}
+    seen = stored.get("calibration")
+    return None if seen and not seen.get("exits_chosen_by_time") else stored.get("checked_exits")
+
+
+def _count_trained_rows(model: PreTrainedModel, dataset: Dataset, trained_keys: Collection[int] | None) -> int:
+    """How many of the rows have texts that the model was trained on, with a warning if any have."""
     if trained_keys is None and model.name_or_path:  # as a path an empty name would be the working directory
         trained_keys = train_keys(model.name_or_path)
     trained = set(trained_keys or ())
@@ -356,6 +367,7 @@ def _warn_of_trained_rows(model: PreTrainedModel, dataset: Dataset, trained_keys
             "and more often right there than on new ones, so what is chosen, seen and promised on them looks better "
             "than it is. Give rows that no training saw."
         )
+    return shared
 
 
 @dataclass(frozen=True)

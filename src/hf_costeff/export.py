@@ -38,6 +38,7 @@ from .exit_criteria import (
 from .metrics import compute_metrics
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
 from .onnx_runner import CONFIG, TOKENIZER, Runner
+from .packing import unpack_layers
 
 OPSET = 17
 """The first with one operator for a layer norm; every onnxruntime since 2022 knows it."""
@@ -238,12 +239,13 @@ def write_graphs(
 
 
 def plain_model(model: CostEffModel) -> CostEffModel:
-    """A copy in single precision on the CPU, without empty matrices.
+    """A copy in single precision on the CPU, without empty or packed matrices.
 
     Args:
         model: The model, left as it is.
     """
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+    unpack_layers(plain)
     for layer in plain.layers:
         if layer.attention.num_heads == 0:
             layer.attention = BiasAlone(layer.attention.output, has_weights=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .modeling_costeff import CostEffForSequenceClassification
+from .packed_linear import require_unpacked
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ def compute_importance(
         Scores on the model's device, in single precision.
 
     Raises:
-        ValueError: If there is not a single batch.
+        ValueError: If there is not a single batch, or the model is packed.
     """
+    require_unpacked(model.config, "Scoring heads and neurons")
     layers: list[Any] = list(model.costeff.layers)
     scored: dict[str, nn.Parameter] = {
         name: parameter
@@ -58,7 +60,30 @@ def compute_importance(
             (f"{layer}.output", block.feed_forward.output.weight),
         )
     }
-    gradients = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in scored.items()}
+    return _collect(layers, compute_saliency(model, scored, batches, loss_function))
+
+
+def compute_saliency(
+    model: CostEffForSequenceClassification,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterable[Any],
+    loss_function: Callable[[CostEffForSequenceClassification, Any], Tensor],
+) -> dict[str, Tensor]:
+    """|w| * sum over batches of |d loss / d w|, weight by weight.
+
+    Args:
+        model: It is run without dropout and left with its gradients cleared.
+        parameters: Those of its parameters that are scored, by any name.
+        batches: Whatever `loss_function` takes, one element per batch.
+        loss_function: (model, batch) -> scalar loss, a mean over the batch.
+
+    Returns:
+        Under the same names, in the parameters' shapes and single precision.
+
+    Raises:
+        ValueError: If there is not a single batch.
+    """
+    gradients = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     training = model.training
     model.eval()
     seen = 0
@@ -67,7 +92,7 @@ def compute_importance(
             model.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 loss_function(model, batch).backward()
-            for name, parameter in scored.items():
+            for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     gradients[name] += parameter.grad.abs()
             seen += 1
@@ -76,8 +101,7 @@ def compute_importance(
         model.train(training)
     if not seen:
         raise ValueError("No batch to score importance on. Pass at least one row of training data.")
-    weighted = {name: parameter.detach().abs().float() * gradients[name] for name, parameter in scored.items()}
-    return _collect(layers, weighted)
+    return {name: parameter.detach().abs().float() * gradients[name] for name, parameter in parameters.items()}
 
 
 def _collect(layers: list[Any], weighted: dict[str, Tensor]) -> Importance:

@@ -338,7 +338,7 @@ def describe_calibration(seen: dict[str, Any]) -> str:
     Args:
         seen: The `calibration` record of an [`ExitConfig`].
     """
-    text = f"The settings were chosen on rows held out from training. {describe_seen(seen)}"
+    text = f"The settings were chosen by calibration. {describe_seen(seen)}"
     promise = seen.get("promise")
     if promise is None:
         return f"{text} That was seen on these rows; nothing is promised for others."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, initialization
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
@@ -25,6 +25,7 @@ from .exit_criteria import ExitConfig, answer_confidence, probabilities
 from .exit_heads import EXIT_HEAD_CLASSES, EXIT_POOLING_FUNCTIONS
 from .exiting_rows import ExitPlan, LeavingRows, RunningRows, ends_and_counts, host_index, pick
 from .hub import push_folder, write_card
+from .packed_linear import PackedLinear, use_packed_layers
 from .promises import warn_if_void
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -116,6 +117,12 @@ class CostEffPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["CostEffLayer"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PackedLinear):
+            initialization.normal_(module.values, std=self.config.initializer_range)
+            initialization.zeros_(module.bias)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As upstream's; the code goes along, so that any Auto class loads the folder with `trust_remote_code=True`."""
@@ -212,6 +219,7 @@ class CostEffModel(CostEffPreTrainedModel):
                 for layer in config.exit_layers
             }
         )
+        use_packed_layers(self, config.packed_layers)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -573,6 +581,9 @@ class CostEffForSequenceClassification(CostEffPreTrainedModel):
         config.intermediate_size = config.intermediate_size[:exit_layer]
         config.exit_layers = [layer for layer in config.exit_layers if layer <= exit_layer]
         config.exit_config = None
+        if config.packed_layers is not None:
+            names = {name for layer in range(1, exit_layer + 1) for name in config.matrix_shapes(layer)}
+            config.packed_layers = {name: value for name, value in config.packed_layers.items() if name in names}
         config.validate()
         shallow = CostEffForSequenceClassification(config).to(self.device, self.dtype)
         state = self.state_dict()

@@ -20,6 +20,7 @@ from .configuration_costeff import CostEffConfig
 from .efficiency import full_depth_flops, parameter_count
 from .importance import Importance
 from .modeling_costeff import CostEffForSequenceClassification
+from .packed_linear import require_unpacked
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def check_widths(config: CostEffConfig, target: Widths) -> None:
     """Refuse widths that the model does not have.
 
     Raises:
-        ValueError: Naming layer, value and range.
+        ValueError: Naming layer, value and range, or because the model is packed.
     """
+    require_unpacked(config, "Slenderization")
     for name, kept, present in (
         ("num_attention_heads", target.num_attention_heads, config.num_attention_heads),
         ("intermediate_size", target.intermediate_size, config.intermediate_size),

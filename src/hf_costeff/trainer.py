@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Hu
 from transformers.utils import logging
 
 from .augmentation import replace_tokens
+from .block_training import Regularizer
 from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig
 from .difficulty import HARD, check_hard_rows
@@ -179,6 +180,8 @@ class CostEffTrainer(ResumableTrainer):
         teacher: A stock classifier or another multi-exit model with the same labels and tokenizer; `None` trains on
             true labels alone.
         compute_metrics: As upstream's, called once per exit; `None` uses this package's metrics for the problem type.
+        regularizer: Acts on the weights around every optimizer step: a [`hf_costeff.block_training.BlockPenalty`], or
+            [`hf_costeff.block_training.MaskedTraining`]; `None` for nothing.
         **kwargs: Everything else upstream's `Trainer` takes.
 
     Raises:
@@ -197,6 +200,7 @@ class CostEffTrainer(ResumableTrainer):
         *,
         teacher: PreTrainedModel | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        regularizer: Regularizer | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, CostEffTrainingArguments):
@@ -229,6 +233,8 @@ class CostEffTrainer(ResumableTrainer):
         if args.difficulty_weight:
             check_hard_rows(self.train_dataset, config.resolved_problem_type)
             self.loss_weights["difficulty_loss"] = args.difficulty_weight
+        self.regularizer = regularizer or Regularizer()
+        self.add_callback(self.regularizer)
         self._logged_parts: dict[str, Tensor] = {}
         self._logged_steps = 0
 
@@ -408,7 +414,18 @@ class CostEffTrainer(ResumableTrainer):
                 mean = self.accelerator.gather(total / self._logged_steps).mean()
                 logs[name] = round(mean.item(), 4)
             self._logged_parts, self._logged_steps = {}, 0
+            logs |= self.regularizer.logs()
         super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.regularizer.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.regularizer.load(checkpoint)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Upstream's loop with every exit's logits gathered for the metrics; predictions are the last exit's."""

@@ -1,6 +1,7 @@
 """The commands of `hf-costeff`, one file each. A new one is a file here and a line in the table."""
 
 from .benchmark import BENCHMARK
+from .block_prune import BLOCK_PRUNE
 from .calibrate import CALIBRATE
 from .cascade import CASCADE_CALIBRATE, CASCADE_PREDICT, CASCADE_TRAIN
 from .command import Command
@@ -13,7 +14,7 @@ from .report import REPORT
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
-        *(COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH),
+        *(COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH, BLOCK_PRUNE),
         *(CASCADE_TRAIN, CASCADE_CALIBRATE, CASCADE_PREDICT),
     )
 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..calibration import GOALS, describe_seen, one_goal
+from ..calibration import check_guarantee, describe_seen, one_goal
 from ..data import SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from ..exit_criteria import CRITERIA, ExitConfig
@@ -57,6 +57,17 @@ class SettingsArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        goal, limit = one_goal(self.goals)
+        if self.guarantee:
+            check_guarantee(goal, limit, self.delta)
+
+    @property
+    def goals(self) -> dict[str, Any]:
+        """All goals, of which one is given."""
+        names = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", "target_speedup")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass
 class CalibrationArguments(SettingsArguments):
@@ -72,14 +83,30 @@ class CalibrationArguments(SettingsArguments):
             "largest loss the fastest settings are taken."
         },
     )
-    batch_size: int = field(default=1, metadata={"help": "Texts that run together when times are measured."})
-    threads: int = field(default=1, metadata={"help": "CPU threads when times are measured."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Texts that run together when times are measured. Default: 1."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads when times are measured. Default: 1."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        idle = [f"`{name}`" for name in ("batch_size", "threads") if getattr(self, name) is not None]
+        if idle and not self.timed:
+            raise ValueError(f"{' and '.join(idle)} set how times are measured, and none are. Add `measured`.")
+
+    @property
+    def goals(self) -> dict[str, Any]:
+        """All goals, of which one is given."""
+        return {**super().goals, "max_latency_ms": self.max_latency_ms}
+
+    @property
+    def timed(self) -> bool:
+        """Whether times are measured."""
+        return self.measured or self.max_latency_ms is not None
 
 
 def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
     """Choose the exit settings, save them in the model, and say what was seen and promised."""
-    goals = {name: getattr(wanted, name) for name in GOALS}
-    one_goal(goals)
     folder = writable_folder(wanted.model, wanted.output_dir)
     model, tokenizer = load_slim(wanted.model)
     if len(model.config.exit_layers) == 1:
@@ -102,14 +129,16 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
         require_labels=wanted.max_disagreement is None,
     )
     collator, times = make_collator(tokenizer), None
-    if wanted.measured or wanted.max_latency_ms is not None:
-        times = measure_exit_times(model, rows, collator, batch_size=wanted.batch_size, threads=wanted.threads)
+    if wanted.timed:
+        sizes = {name: getattr(wanted, name) for name in ("batch_size", "threads")}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        times = measure_exit_times(model, rows, collator, **given)
     settings = calibrate(
         model,
         rows,
         collator,
         metric=wanted.metric,
-        **goals,
+        **wanted.goals,
         exit_times=times,
         guarantee=wanted.guarantee,
         delta=wanted.delta,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..calibration import describe_seen
 from ..cascade import load_cascade, save_cascade
@@ -26,10 +27,12 @@ class CascadeCalibrationArguments(SettingsArguments):
     def __post_init__(self) -> None:
         if self.max_megaflops is not None and not self.max_megaflops > 0:
             raise ValueError(f"`max_megaflops` is {self.max_megaflops}. It must be above 0.")
-        if self.max_megaflops is not None and self.target_speedup is not None:
-            raise ValueError(
-                "Both `max_megaflops` and `target_speedup` are given. Choose the thresholds by one of them."
-            )
+        super().__post_init__()
+
+    @property
+    def goals(self) -> dict[str, Any]:
+        """All goals, of which one is given."""
+        return {**super().goals, "max_megaflops": self.max_megaflops}
 
 
 def run_train(wanted: CascadeArguments, data: DataArguments) -> str:

@@ -1,0 +1,340 @@
+"""Block pruning from end to end: penalise, prune, train under the masks, pack, measure; in resumable stages.
+
+    penalty -> prune -> retrain -> pack
+
+Ratios share the penalised model: another ratio in the same folder starts at pruning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, set_seed
+
+from .block_pruning import EMBEDDINGS, BlockMasks, BlockShape, prune_blocks, zero_blocks
+from .block_training import BlockPenalty, MaskedTraining, Regularizer
+from .checksums import fingerprint, fingerprint_of
+from .compression import load_config
+from .conversion import convert_from_stock
+from .data import DataArguments, make_collator, prepare_data
+from .distillation import bf16_pays, prepared, training_arguments
+from .efficiency import count_parameters, measure_alternating
+from .evaluation import collect_exit_logits
+from .mask_files import load_masks, save_masks
+from .metrics import check_metric, compute_metrics, default_metric
+from .modeling_costeff import CostEffForSequenceClassification
+from .packed_linear import DENSE
+from .packing import choose_layouts, pack, packed_linears
+from .recipes import Phase
+from .report import describe_hardware
+from .stages import StageStore
+from .trainer import CostEffTrainer
+from .training_args import CostEffTrainingArguments
+
+MASKS = "masks.safetensors"
+REPORT = "block_pruning.json"
+PRUNING = ("ratio", "threshold", "across_matrices", "allow_empty", "retrain_epochs", "retrain_learning_rate")
+
+
+@dataclass
+class BlockPruningArguments:
+    """What to prune, in which blocks, how far, and how it is trained."""
+
+    model: str = field(metadata={"help": "A multi-exit model, or a fine-tuned classifier: a Hub id or a local folder."})
+    output_dir: str = field(metadata={"help": "Where the packed model and the stages of the run go."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Learn from this classifier's answers; default: from the true labels."}
+    )
+    ratio: float | None = field(default=None, metadata={"help": "Share of the blocks to prune. Default: 0.5."})
+    threshold: float | None = field(default=None, metadata={"help": "Prune blocks of a smaller norm, instead."})
+    across_matrices: bool = field(default=False, metadata={"help": "One budget for all matrices together."})
+    allow_empty: bool = field(default=False, metadata={"help": "A matrix may lose all its blocks."})
+    rows: int | None = field(default=None, metadata={"help": "Rows of a block. Default: 1."})
+    columns: int | None = field(default=None, metadata={"help": "Columns of a block."})
+    row_slabs: int | None = field(default=None, metadata={"help": "Cut the rows into so many slabs, instead of rows."})
+    column_slabs: int | None = field(
+        default=None, metadata={"help": "Cut the columns into so many slabs. Default: 4, if no size is given."}
+    )
+    balanced: bool = field(default=False, metadata={"help": "Every band of blocks keeps the same number of them."})
+    embeddings: bool = field(default=False, metadata={"help": "Prune the embeddings too; they are stored whole."})
+    strength: float = field(default=30.0, metadata={"help": "Of the penalty; 0 trains without one."})
+    reweighted: bool = field(default=True, metadata={"help": "Pull weak blocks harder; False is plain group Lasso."})
+    proximal: bool = field(default=False, metadata={"help": "Shrink blocks after each step; for short runs."})
+    refresh_epochs: float = field(default=1.0, metadata={"help": "Take the penalty's weights anew so often."})
+    penalty_epochs: float = field(default=4.0, metadata={"help": "Training under the penalty; 0 leaves it out."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Under the penalty."})
+    retrain_epochs: float = field(default=4.0, metadata={"help": "Training under the masks; 0 leaves it out."})
+    retrain_learning_rate: float = field(default=5e-5, metadata={"help": "Under the masks."})
+    batch_size: int = field(default=32, metadata={"help": "Rows per optimizer step."})
+    metric: str | None = field(default=None, metadata={"help": "Metric to choose by. Default: by problem type."})
+    seed: int = field(default=42, metadata={"help": "Of order, dropout and new weights."})
+
+    def __post_init__(self) -> None:
+        if self.ratio is None and self.threshold is None:
+            self.ratio = 0.5
+        if (self.rows, self.columns, self.row_slabs, self.column_slabs) == (None,) * 4:
+            self.column_slabs = 4
+        for name in ("penalty_epochs", "retrain_epochs"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be 0 or more; 0 leaves the training out.")
+        self.blocks()
+
+    def blocks(self) -> BlockShape:
+        """How the matrices are cut."""
+        return BlockShape(self.rows, self.columns, self.row_slabs, self.column_slabs, self.balanced)
+
+
+@dataclass(frozen=True)
+class BlockPruningResult:
+    """Where the packed model is and what became of it.
+
+    Args:
+        model_path: Folder of the model, loadable with `from_pretrained`.
+        compression: Weights of the pruned matrices divided by those that stay.
+        matrix_bytes: Bytes of those matrices in the file, before and after, indices included.
+        parameters: Of the model, before and after.
+        metrics: Of the last exit on the validation rows: `given`, and `packed`.
+        layouts: How many packed layers run in which layout.
+        milliseconds: Median of a batch of 32 rows of 64 tokens (or the most it takes) here: `full` and `packed`.
+    """
+
+    model_path: Path
+    compression: float
+    matrix_bytes: tuple[int, int]
+    parameters: tuple[int, int]
+    metrics: dict[str, dict[str, float]]
+    layouts: dict[str, int]
+    milliseconds: dict[str, float]
+
+    def describe(self) -> str:
+        """The result in words."""
+        before, after = self.matrix_bytes
+        given, packed = (", ".join(f"{k} {v:.4f}" for k, v in self.metrics[name].items()) for name in self.metrics)
+        layouts = ", ".join(f"{count} {layout}" for layout, count in self.layouts.items())
+        faster = self.milliseconds["full"] / self.milliseconds["packed"]
+        text = (
+            f"Pruned matrices: {self.compression:.2f} times fewer weights, {before / after:.2f} times fewer bytes.\n"
+            f"Parameters: {self.parameters[0]:,} before, {self.parameters[1]:,} after.\n"
+            f"Validation: {given} before; {packed} after.\n"
+            f"Layers by layout: {layouts}. A batch of 32 rows: {self.milliseconds['full']:.1f} ms full, "
+            f"{self.milliseconds['packed']:.1f} ms packed, {faster:.2f} times as fast here."
+        )
+        if set(self.layouts) == {DENSE}:
+            text += "\nNo packed layout beats full matrices here, so all run dense; only the file is smaller."
+        return f"{text}\nThe packed model is in {self.model_path}."
+
+
+def block_prune(
+    arguments: BlockPruningArguments,
+    data: DataArguments | datasets.Dataset | datasets.DatasetDict,
+) -> BlockPruningResult:
+    """Prune a model block by block, train it under the masks, and save it packed.
+
+    A stock classifier gets one exit, after its last layer, which is trained with the rest. A multi-exit model keeps
+    all its exits; its exit settings are dropped, so calibrate it again. A run that was killed goes on where it stopped.
+
+    Args:
+        arguments: What to prune and how.
+        data: Where the rows come from, or the rows themselves.
+
+    Returns:
+        The packed model's folder, and what was lost and gained.
+
+    Raises:
+        ValueError: For anything that cannot work, before training starts where that can be known.
+    """
+    return BlockPruning(arguments, data).run()
+
+
+class BlockPruning:
+    """One run. [`block_prune`] is the way in; the class keeps what the stages share."""
+
+    def __init__(
+        self, arguments: BlockPruningArguments, data: DataArguments | datasets.Dataset | datasets.DatasetDict
+    ) -> None:
+        """Load the model and the rows, and prune once as a trial, so that what cannot work is known before training."""
+        self.arguments = arguments
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.bf16 = bf16_pays(self.device)
+        self.given = self._load(arguments.model)
+        self.teacher = None if arguments.teacher is None else self._load(arguments.teacher)
+        self.start = self.given
+        if not isinstance(self.given, CostEffForSequenceClassification):
+            torch.manual_seed(arguments.seed)
+            self.start = convert_from_stock(self.given, exit_layers=[self.given.config.num_hidden_layers])
+        self._prune(self.start)
+        self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        self.data = prepare_data(
+            data,
+            self.tokenizer,
+            arguments=data if isinstance(data, DataArguments) else None,
+            teacher_config=self.given.config,
+            max_positions=self.start.config.longest_text,
+        )
+        self.collator = make_collator(self.tokenizer)
+        self.metric = arguments.metric or default_metric(self.data.problem_type)
+        check_metric(self.metric, self.data.problem_type)
+
+    def run(self) -> BlockPruningResult:
+        """Go through the stages that are not done yet, then pack and report."""
+        arguments = self.arguments
+        self.store = StageStore(arguments.output_dir, self._settings())
+        self._stage("penalty", self._penalise)
+        key = fingerprint(repr(getattr(arguments, name)) for name in PRUNING)[:8]
+        prune, retrain = f"prune-{key}", f"retrain-{key}"
+        if not self.store.is_finished(prune):
+            masks = self._prune(self._finished("penalty"))
+            record = {"compression": masks.compression, **{name: getattr(arguments, name) for name in PRUNING}}
+            self.store.finish(prune, lambda folder: save_masks(masks, folder / MASKS), record)
+        masks = load_masks(self.store.files(prune) / MASKS)
+        self._stage(retrain, lambda stage: self._retrain(stage, masks))
+        return self._report(self._finished(retrain), masks)
+
+    def _settings(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.arguments)
+        for name in ("output_dir", *PRUNING):
+            del settings[name]
+        return {
+            **settings,
+            "model_fingerprint": fingerprint_of(self.given),
+            "data_fingerprint": fingerprint(repr(row) for split in self.data.raw.values() for row in split),
+        }
+
+    def _load(self, name: str) -> PreTrainedModel:
+        load_config(name)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(
+                f"{name} has no classification head (missing: {', '.join(sorted(report['missing_keys']))}). Name a "
+                "fine-tuned classifier."
+            )
+        return prepared(model, self.device, self.bf16)
+
+    def _finished(self, stage: str) -> CostEffForSequenceClassification:
+        return self._load(str(self.store.files(stage)))  # type: ignore[return-value]
+
+    def _stage(self, name: str, run: Callable[[str], tuple[PreTrainedModel, dict[str, Any]]]) -> None:
+        if not self.store.is_finished(name):
+            set_seed(self.arguments.seed)
+            model, record = run(name)
+            self.store.finish(name, model.save_pretrained, record)
+
+    def _prune(self, model: Any) -> BlockMasks:
+        wanted = self.arguments
+        return prune_blocks(
+            model,
+            wanted.blocks(),
+            ratio=wanted.ratio,
+            threshold=wanted.threshold,
+            across_matrices=wanted.across_matrices,
+            embeddings=wanted.embeddings,
+            allow_empty=wanted.allow_empty,
+        )
+
+    def _penalise(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        wanted = self.arguments
+        penalty = BlockPenalty(
+            wanted.blocks(),
+            wanted.strength,
+            reweighted=wanted.reweighted,
+            refresh_epochs=wanted.refresh_epochs,
+            proximal=wanted.proximal,
+            embeddings=wanted.embeddings,
+        )
+        return self._train(stage, self.start, Phase(wanted.penalty_epochs, wanted.learning_rate), penalty)
+
+    def _retrain(self, stage: str, masks: BlockMasks) -> tuple[PreTrainedModel, dict[str, Any]]:
+        phase = Phase(self.arguments.retrain_epochs, self.arguments.retrain_learning_rate)
+        return self._train(
+            stage, zero_blocks(self._finished("penalty"), masks), phase, MaskedTraining(masks), best=True
+        )
+
+    def _train(
+        self, stage: str, model: Any, phase: Phase, regularizer: Regularizer, best: bool = False
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        steps = phase.steps(len(self.data.train), self.arguments.batch_size)
+        if not steps:
+            return model, {"steps": 0}
+        same_width = self.teacher is not None and self.teacher.config.hidden_size == model.config.hidden_size
+        every = max(50, -(-steps // 5))
+        arguments = training_arguments(
+            CostEffTrainingArguments,
+            str(self.store.working_dir(stage)),
+            steps=steps,
+            learning_rate=phase.learning_rate,
+            batch_size=self.arguments.batch_size,
+            device=self.device,
+            bf16=self.bf16,
+            seed=self.arguments.seed,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=2,
+            eval_strategy="steps" if best else "no",
+            eval_steps=every if best else None,
+            load_best_model_at_end=best,
+            metric_for_best_model=f"mean_exit_{self.metric}" if best else None,
+            greater_is_better=True if best else None,
+            representation_weight=float(same_width),
+        )
+        trainer = CostEffTrainer(
+            model,
+            arguments,
+            teacher=self.teacher,
+            regularizer=regularizer,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.calibration,
+            data_collator=self.collator,
+            processing_class=self.tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=True)
+        return trainer.model, {"steps": trainer.state.global_step, "log": trainer.state.log_history}
+
+    def _metrics(self, model: PreTrainedModel, name: str) -> dict[str, float]:
+        logits = collect_exit_logits(model, self.data.validation, self.collator, description=f"Validating the {name}")
+        return compute_metrics(logits.logits[:, -1].numpy(), logits.known_labels(), self.data.problem_type)
+
+    def _report(self, trained: CostEffForSequenceClassification, masks: BlockMasks) -> BlockPruningResult:
+        folder = Path(self.arguments.output_dir)
+        trained.set_attn_implementation("sdpa")
+        packed = pack(trained, masks)
+        measured = choose_layouts(packed)
+        packed.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        batch = torch.ones(32, min(64, packed.config.longest_text), dtype=torch.long, device=self.device)
+        times = measure_alternating(
+            {
+                "full": lambda: trained.predict(batch, early_exit=False),
+                "packed": lambda: packed.predict(batch, early_exit=False),
+            },
+            repeats=5,
+        )
+        full = {name: 4 * rows * columns for name, (rows, columns) in masks.shapes.items()}
+        stored = {name: size for name, size in full.items() if name in EMBEDDINGS}
+        stored |= {name: layer.values.nbytes + layer.index.nbytes for name, layer in packed_linears(packed.costeff)}
+        result = BlockPruningResult(
+            folder,
+            masks.compression,
+            (sum(full.values()), sum(stored.values())),
+            (count_parameters(trained), count_parameters(packed)),
+            {"given": self._metrics(self.given, "given model"), "packed": self._metrics(packed, "packed model")},
+            dict(Counter(next(iter(layouts)) for layouts in measured.values())),
+            {name: latency.median_ms for name, latency in times.items()},
+        )
+        facts = {
+            **dataclasses.asdict(result),
+            "layer_milliseconds": measured,
+            "hardware": describe_hardware(self.device),
+        }
+        del facts["model_path"]
+        (folder / REPORT).write_text(json.dumps(facts, indent=1))
+        return result

@@ -1,0 +1,113 @@
+"""The whole run on a tiny model: what it writes, what it shares between ratios, and how it goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
+from hf_costeff import block_compression, cli
+from hf_costeff.block_compression import BlockPruningArguments, block_prune
+from hf_costeff.mask_files import load_masks
+from hf_costeff.packed_linear import PackedLinear
+
+SHORT = {"penalty_epochs": 0.2, "retrain_epochs": 0.2, "batch_size": 8, "columns": 4}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A stock classifier and a slim multi-exit one, each with its tokenizer."""
+    for name, model in (("stock", tiny_bert(num_labels=2)), ("slim", tiny_model(num_labels=2))):
+        model.save_pretrained(tmp_path / name)
+        word_tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def prune(folder, model="stock", **settings):
+    arguments = BlockPruningArguments(str(folder / model), str(folder / "packed"), **{**SHORT, **settings})
+    return block_prune(arguments, sentence_rows(300))
+
+
+def stages(folder):
+    return {path.name.split("-")[0]: path for path in (folder / "packed" / "stages").iterdir() if path.is_dir()}
+
+
+def test_a_stock_classifier_becomes_a_packed_model(folder):
+    result = prune(folder, teacher=str(folder / "stock"), proximal=True)
+    model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
+    assert any(isinstance(module, PackedLinear) for module in model.modules()) and model.config.exit_layers == [4]
+    assert result.compression == pytest.approx(2, rel=0.01)
+    report = json.loads((result.model_path / "block_pruning.json").read_text())
+    assert report["metrics"]["packed"] == result.metrics["packed"] and report["parameters"] == list(result.parameters)
+    assert "2.00 times fewer weights" in result.describe()
+    masks = load_masks(stages(folder)["prune"] / "masks.safetensors")
+    retrained = AutoModelForSequenceClassification.from_pretrained(stages(folder)["retrain"])
+    masks.check(retrained)
+    tokens = {"input_ids": torch.randint(4, 20, (3, 7))}
+    torch.testing.assert_close(model.predict(**tokens).logits, retrained.predict(**tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_slim_multi_exit_model_keeps_its_exits(folder):
+    result = prune(folder, model="slim", columns=None, column_slabs=2, ratio=0.44)
+    model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
+    assert model.config.exit_layers == [1, 2, 3, 4] and model.config.exit_config is None
+    assert model.predict(torch.randint(4, 20, (3, 7)), early_exit=0.999).exit_layer.min() >= 1
+
+
+def test_ratios_share_the_penalised_model(folder, monkeypatch):
+    prune(folder, ratio=0.5)
+    monkeypatch.setattr(block_compression.BlockPruning, "_penalise", None)
+    second = prune(folder, ratio=0.8)
+    assert second.compression == pytest.approx(5, rel=0.05)
+    assert len(list((folder / "packed" / "stages").glob("prune-*"))) == 2
+
+
+def test_a_run_killed_between_the_phases_goes_on(folder, monkeypatch):
+    def killed(self, stage, masks):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(block_compression.BlockPruning, "_retrain", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(folder)
+    assert set(stages(folder)) == {"penalty", "prune"}
+    monkeypatch.setattr(block_compression.BlockPruning, "_penalise", None)
+    interrupted = prune(folder)
+    monkeypatch.undo()
+    (folder / "packed").rename(folder / "first")
+    whole = prune(folder)
+    first, second = (
+        AutoModelForSequenceClassification.from_pretrained(folder / name).state_dict() for name in ("first", "packed")
+    )
+    assert interrupted.metrics == whole.metrics
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"columns": 40}, "A block of 40 columns is larger than"),
+        ({"ratio": 1.0}, "`ratio` is 1.0"),
+        ({"ratio": 0.5, "threshold": 0.1}, "either `ratio` or `threshold`"),
+        ({"penalty_epochs": -1.0}, "`penalty_epochs` is -1.0"),
+        ({"strength": -1.0}, "`strength` is -1.0"),
+        ({"metric": "spearman"}, "spearman"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(folder, settings, error, monkeypatch):
+    monkeypatch.setattr(block_compression.CostEffTrainer, "train", None)
+    with pytest.raises(ValueError, match=error):
+        prune(folder, **settings)
+
+
+def test_the_command_prunes_and_says_what_came_of_it(folder, capsys):
+    sentence_rows(300).to_csv(folder / "rows.csv")
+    words = ["--penalty_epochs", "0", "--retrain_epochs", "0", "--rows", "3", "--columns", "1", "--ratio", "0.3"]
+    files = ["--train_file", str(folder / "rows.csv"), "--output_dir", str(folder / "packed")]
+    assert cli.main(["block-prune", str(folder / "stock"), *words, *files]) == 0
+    assert "1.4" in capsys.readouterr().out
+    assert cli.main(["block-prune", str(folder / "stock"), *words[:-1], "1", *files]) == 1
+    assert "ratio` is 1.0" in capsys.readouterr().err
