@@ -92,7 +92,7 @@ def overhead(model, tokenizer, texts, rounds, clock) -> dict[str, Any]:
         chunks = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
         batches = [tokenizer(chunk, return_tensors="pt", padding=True, truncation=True) for chunk in chunks]
 
-        @torch.no_grad()
+        @torch.inference_mode()
         def forward(batches=batches) -> None:
             for batch in batches:
                 model(**batch)

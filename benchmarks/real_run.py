@@ -22,7 +22,7 @@ from hf_costeff.calibration import ExitSearch, choose_exit_config
 from hf_costeff.data import DataArguments, make_collator, prepare_data
 from hf_costeff.efficiency import PAPER_SEQ_LENGTH, stock_flops
 from hf_costeff.evaluation import collect_exit_logits
-from hf_costeff.exit_criteria import answers, simulate_exits
+from hf_costeff.exit_criteria import answers
 from hf_costeff.exit_replay import ExitLogits, ExitReplay
 from hf_costeff.metrics import METRICS, paired_bootstrap
 
@@ -115,7 +115,7 @@ def at_paper_flops(model_path: Path, teacher: str, data: str, options: dict) -> 
     answered = dataclasses.replace(validation, labels=answers(validation.logits[:, -1], problem_type))
     on_budget = best_at_flops(answered, validation, slim.config, metric, budget)
     settings = ExitConfig.from_dict(reached["exit_config"])
-    exits = simulate_exits(validation.logits, settings, slim.config.exit_layers, problem_type)
+    exits = ExitReplay(validation, slim.config).at(settings)
     function, labels, teacher_logits = (
         METRICS[problem_type][metric],
         reference.known_labels(),
@@ -123,7 +123,7 @@ def at_paper_flops(model_path: Path, teacher: str, data: str, options: dict) -> 
     )
     logits = {
         "full_depth": validation.logits[:, -1].numpy(),
-        "early_exit": validation.logits[torch.arange(len(exits)), exits].numpy(),
+        "early_exit": exits.logits.numpy(),
     }
     return {
         **reached,

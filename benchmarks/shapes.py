@@ -26,12 +26,11 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_costeff import CostEffForSequenceClassification, ExitConfig
 from hf_costeff.conversion import convert_config
 from hf_costeff.efficiency import count_parameters, mean_flops, measure_alternating, ratio, stock_flops
+from hf_costeff.exit_times import NEVER
 from hf_costeff.report import describe_hardware
 from hf_costeff.slenderization import Budget, describe_widths, solve_widths
 
 RESULTS = Path(__file__).parent / "results" / "shapes.json"
-NEVER = 1e-9
-"""A threshold that no row passes."""
 SHAPES = {
     "bert-base": {},
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -85,8 +84,8 @@ def measured(stock_config: BertConfig, given: argparse.Namespace) -> dict[str, A
         times = measure_alternating(runs, warmup=2, repeats=given.rounds, clock=clock)
         for name, settings in exits.items():
             layers = runs[name]().exit_layer
-            checked = config.exit_layers if settings else []
-            flops = stock_flops(stock_config, given.length) / mean_flops(config, layers, given.length, checked)
+            stops = slim.costeff.exit_plan(settings).stops
+            flops = stock_flops(stock_config, given.length) / mean_flops(config, layers, given.length, stops)
             faster = ratio(times["teacher"].times_ms, times[name].times_ms)
             found[f"batch {batch_size}, {name}"] = {
                 "teacher_ms": times["teacher"].median_ms,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from helpers import sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import ExitConfig, benchmarking
@@ -23,9 +24,10 @@ from hf_costeff.benchmarking import (
 )
 from hf_costeff.cli import main
 from hf_costeff.data import make_collator
-from hf_costeff.efficiency import full_depth_flops, mean_flops, stock_flops
+from hf_costeff.efficiency import cumulative_flops, full_depth_flops, mean_flops, stock_flops
 
 SAVED = ExitConfig(threshold=0.5)
+COLLATOR = make_collator(word_tokenizer())
 SMALL = BenchmarkGrid(batch_sizes=[1, 4], lengths=[0, 6], rows=8, rounds=2)
 
 
@@ -68,6 +70,20 @@ def test_the_flops_ratio_counts_padding_and_executed_exits(found):
     assert one.flops_ratio == pytest.approx(expected)
     full = next(one for one in found if (one.length, one.batch_size, one.name) == (6, 4, FULL))
     assert full.flops_ratio == pytest.approx(stock_flops(teacher.config, 8) / full_depth_flops(model.config, 8))
+
+
+def test_an_exit_that_nobody_can_leave_at_is_not_run_and_its_flops_are_not_counted():
+    saved = ExitConfig(threshold=[0.0, 0.0, 0.5, 0.0])
+    model, run = slim(exit_config=saved.to_dict()), set()
+    for layer, head in model.costeff.exits.items():
+        head.register_forward_hook(lambda *_, layer=int(layer): run.add(layer))
+    model.predict(torch.tensor([token_rows(12)[0]["input_ids"]]), early_exit=True)
+    assert run <= {3, 4}
+    grid = dataclasses.replace(SMALL, batch_sizes=[4], lengths=[6])
+    found = {one.name: one for one in benchmark(model, tiny_bert(), token_rows(12), COLLATOR, grid)}
+    spent = [cumulative_flops(model.config, 8, checked_exits=[3])[layer - 1] for layer in (1, 2, 3, 4)]
+    mean = sum(share * flops for share, flops in zip(found[EARLY].exit_shares, spent, strict=True))
+    assert found[EARLY].flops_ratio == pytest.approx(stock_flops(tiny_bert().config, 8) / mean)
 
 
 def test_without_saved_settings_there_is_no_early_exit_to_measure():
@@ -133,6 +149,19 @@ def test_int8_is_the_export_and_is_measured_on_the_cpu_alone():
         benchmark(slim(), tiny_bert(), token_rows(8), lambda rows: make_collator(word_tokenizer())(rows), grid)
 
 
+def test_int8_gives_a_teacher_only_what_its_forward_takes():
+    """DistilBERT's third argument is no token types, and a tokenizer may make some all the same."""
+    sizes = {"dim": 24, "n_layers": 4, "n_heads": 3, "hidden_dim": 16, "max_position_embeddings": 24}
+    torch.manual_seed(0)
+    teacher = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=60, num_labels=3, **sizes)).eval()
+    grid = BenchmarkGrid(["cpu"], [4], [0], [1], ["int8"], rows=8, rounds=2)
+    tokenizer = word_tokenizer()
+    assert "token_type_ids" in tokenizer.model_input_names
+    rows = token_rows(8).map(lambda row: {"token_type_ids": [0] * len(row["input_ids"])})
+    found = benchmark(slim(type_vocab_size=0), teacher, rows, make_collator(tokenizer), grid)
+    assert found[0].name == TEACHER and found[0].agreement >= 0.7
+
+
 def test_the_longest_text_counts_positions_before_the_first_word():
     others = (tiny_bert(), token_rows(4), make_collator(word_tokenizer()), BenchmarkGrid(lengths=[23]))
     with pytest.raises(ValueError, match="`lengths` has 23 tokens, and the models take 22"):
@@ -191,11 +220,19 @@ def test_figures_and_charts_are_written(found, tmp_path):
     table = write_benchmark(found, tmp_path / "new")
     saved = json.loads((tmp_path / "new" / "benchmark.json").read_text())
     assert [one["name"] for one in saved["measurements"]] == [one.name for one in found]
-    assert saved["hardware"]["torch"] == torch.__version__
+    assert saved["hardware"]["cpu"]["torch"] == torch.__version__
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == len(found) + 2 and len({line.count("|") for line in lines}) == 1
     for name in ("latency_by_batch", "speedup_by_batch", "metric_by_speed", "exits"):
         assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hardware_is_told_of_every_device_and_threads_are_told_row_by_row(tmp_path):
+    write_benchmark([measurement(threads=3), measurement(device="meta", threads=5)], tmp_path)
+    saved = json.loads((tmp_path / "benchmark.json").read_text())
+    assert set(saved["hardware"]) == {"cpu", "meta"}
+    assert all("threads" not in one for one in saved["hardware"].values())
+    assert [one["threads"] for one in saved["measurements"]] == [3, 5]
 
 
 def test_the_metric_and_what_the_precision_changed_stand_beside_the_speed():

@@ -352,6 +352,13 @@ def test_a_finished_run_is_pushed_when_asked_for(teacher, finished, monkeypatch,
         )
         assert run.returncode == 0, run.stderr
         files = hub.files("org/slim")
+        edited = b"---\ntags: []\n---\nTheirs.\n"
+        hub.add_commit("org/slim", "main", {**files, "README.md": edited})
+        run = run_python(
+            PUSHED, hub.environment(tmp_path), tmp_path, teacher, finished.model_path, here, here.parent / "src"
+        )
+        assert run.returncode == 0, run.stderr
+        assert hub.files("org/slim")["README.md"] == edited
     assert files["model.safetensors"] == (finished.model_path / "model.safetensors").read_bytes()
     assert 'from_pretrained("org/slim")' in files["README.md"].decode()
     assert {"config.json", "modeling_costeff.py", "tokenizer.json", "efficiency.json"} <= set(files)

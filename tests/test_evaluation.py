@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -268,6 +270,20 @@ def test_a_contender_answers_as_it_would_be_served(rows):
     assert Contender("early", model, records, settings).answer(batch).exit_layer.tolist() == [1, 1]
     assert Contender("full", model, records).answer(batch).exit_layer.tolist() == [4, 4]
     assert Contender("stock", tiny_bert(), records).answer(batch).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("make", [tiny_bert, tiny_model])
+def test_stock_and_slim_models_are_timed_under_the_same_mode(make, monkeypatch):
+    """A text alone feels what autograd costs, even when it is only turned off."""
+    model, modes, linear = make(), [], torch.nn.functional.linear
+
+    def watched(*tensors: Any) -> Any:
+        modes.append(torch.is_inference_mode_enabled())
+        return linear(*tensors)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    Contender("one", model, None).answer({"input_ids": torch.tensor([[5, 6, 7]])})
+    assert set(modes) == {True}
 
 
 def line(name: str, metric: float, parameters: int, flops: float, big: float, one: float) -> ReportRow:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import hypothesis
 import numpy as np
 import pytest
@@ -44,6 +46,24 @@ def test_a_replay_leaves_and_answers_as_predict_does(settings):
         found = (probabilities(scaled, SINGLE), answer_confidence(probabilities(scaled, SINGLE), SINGLE))
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["entropy", "entropy_nats", "confidence", "margin"])
+def test_a_row_next_to_a_threshold_leaves_in_a_replay_as_in_predict(name):
+    """By less than single precision can tell."""
+    model, batch = tiny_model(), random_batch([7])
+    first = model.predict(**batch, early_exit=ExitConfig(threshold=1.0, checked_exits=[1])).logits
+    with torch.no_grad():
+        logits = torch.stack([first, *model(**batch).exit_logits[1:]], 1)
+    value = ExitConfig(name, threshold=0.5).build_criterion(4, SINGLE).measured(first, 0).item()
+    layers = []
+    for threshold in (math.nextafter(value, 0), value, math.nextafter(value, 1)):
+        settings = ExitConfig(name, threshold=threshold, checked_exits=[1])
+        layers.append(model.predict(**batch, early_exit=settings).exit_layer.tolist())
+        replayed = ExitReplay(ExitLogits(logits, torch.tensor([7])), model.config).at(settings)
+        assert replayed.exit_layer.tolist() == layers[-1]
+        assert (simulate_exits(logits, settings, [1, 2, 3, 4], SINGLE) + 1).tolist() == layers[-1]
+    assert layers == ([[4], [4], [1]] if name.startswith("entropy") else [[1], [4], [4]])
 
 
 @pytest.mark.parametrize("problem_type", [SINGLE, "multi_label_classification", "regression"])

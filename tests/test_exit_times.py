@@ -12,8 +12,10 @@ from hf_costeff import ExitConfig, exit_times
 from hf_costeff.benchmarking import BenchmarkGrid
 from hf_costeff.data import make_collator
 from hf_costeff.efficiency import Latency
+from hf_costeff.exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL, simulate_exits
 from hf_costeff.exit_replay import ExitTimes
 from hf_costeff.exit_times import choose_exits, measure_exit_times
+from hf_costeff.exiting_rows import ExitPlan
 
 SMALL = BenchmarkGrid(batch_sizes=[1, 4], rows=8, rounds=2)
 COLLATOR = make_collator(word_tokenizer())
@@ -39,6 +41,20 @@ def test_all_rows_leave_at_each_exit_in_turn_and_at_none_with_every_exit_asked(k
     assert stops[:5] == [[1], [2], [3], False, None]
 
 
+@pytest.mark.parametrize("gap", [1.0, 30.0, 60.0])
+@pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL, REGRESSION])
+def test_where_nobody_is_to_leave_every_exit_is_asked_and_nobody_is_sure_enough(problem_type, gap):
+    regression = problem_type == REGRESSION
+    values = [[[gap], [gap + 1e-5 * gap], [gap], [0.0]]] if regression else [[[gap, -gap / 3]] * 4]
+    logits, settings = torch.tensor(values), exit_times._nobody_leaves(regression)
+    plan = ExitPlan.make(settings, [1, 2, 3, 4], problem_type)
+    assert plan.stops == [1, 2, 3, 4]
+    assert simulate_exits(logits, settings, [1, 2, 3, 4], problem_type).tolist() == [3]
+    for seen in (1, 2, 3):
+        evidence = plan.evidence(logits[:, :seen], seen)
+        assert evidence is not None and plan.passes(evidence.tolist(), seen) == [False]
+
+
 def test_times_are_per_text_and_say_what_they_were_measured_under(monkeypatch):
     medians = {"1": 8.0, "2": 20.0, "3": 16.0, "full depth": 32.0, "every exit asked": 44.0}
 
@@ -51,7 +67,7 @@ def test_times_are_per_text_and_say_what_they_were_measured_under(monkeypatch):
     assert found.leaving_ms == [2.0, 5.0, 5.0, 8.0]  # four texts; that layer 3 looks faster than 2 is noise
     assert found.question_ms == pytest.approx((44 - 32) / 4 / 3)
     assert (found.batch_size, found.threads, found.precision) == (2, 2, "float32")
-    assert found.hardware["torch"] == torch.__version__ and found.hardware["threads"] == 2
+    assert found.hardware["torch"] == torch.__version__ and "threads" not in found.hardware
 
 
 def test_the_clock_really_runs():

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from helpers import random_batch, tiny_model, word_tokenizer
 from hf_costeff import CostEffConfig, CostEffForSequenceClassification, CostEffModel, ExitConfig
 from hf_costeff.cli import main
-from hf_costeff.hub import MARKER, card_on_the_hub, clear_errors, code_files, copy_report, push_folder, write_card
+from hf_costeff.hub import MARKER, card_on_the_hub, card_to_push, clear_errors, code_files, copy_report, push_folder
 from hf_costeff.model_card import how_to_use, write_model_card
 from loopback_hub import READER, TOKEN, LoopbackHub, run_python
 from test_house import SOURCE, siblings
@@ -108,11 +108,24 @@ def test_of_a_folders_code_only_what_the_config_names_is_taken_for_the_models(sa
     assert code_files(folder) == sorted([*CODE, "pipeline_costeff.py"])
     for name in ("pipeline_costeff.py", "exit_heads.py"):  # named by the config; imported by what it names
         (folder / name).unlink()
-        with pytest.raises(ValueError, match=rf"{name} is missing.*save it again with save_pretrained"):
+        with pytest.raises(ValueError, match=rf"{name} is missing.*save them again with save_pretrained"):
             code_files(folder)
         file.write_text(json.dumps(config))
     file.write_text(json.dumps({"model_type": "costeff"}))
     assert code_files(folder) == []
+
+
+@pytest.mark.parametrize("as_saved", [lambda names: {"AutoTokenizer": names}, lambda names: names])
+@pytest.mark.parametrize(
+    "names", [["own_slow.Slow", "own_fast.Fast"], ["own_slow.Slow", None], [None, "own_fast.Fast"]]
+)
+def test_a_tokenizers_code_travels_too_in_either_form_of_its_map(names, as_saved, saved, tmp_path):
+    folder = shutil.copytree(saved / "slim", tmp_path / "slim")
+    for name in ("own_slow.py", "own_fast.py"):
+        (folder / name).write_text("")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": as_saved(names)}))
+    assert code_files(folder) == sorted([*CODE, *(f"{name.split('.')[0]}.py" for name in names if name)])
 
 
 class OwnModel(CostEffForSequenceClassification):
@@ -298,8 +311,10 @@ def test_options_reach_the_hubs_own_client_as_they_were_given(create_pr, private
             return "the commit"
 
     monkeypatch.setattr("hf_costeff.hub.HfApi", Client)
+    monkeypatch.setattr("hf_costeff.hub.card_on_the_hub", lambda *given: asked.update(card=given))
     given = {**OPTIONS, "create_pr": create_pr}
     assert push_folder(saved / "slim", "slim", token="hf_own", private=private, **given) == "the commit"
+    assert asked["card"] == ("org/slim", "hf_own", "v2")
     assert asked["token"] == "hf_own" and asked["repository"] == {"private": private, "exist_ok": True}
     assert asked["upload"].items() >= {**given, "repo_id": "org/slim", "folder_path": saved / "slim"}.items()
     assert asked.get("branch") == (None if create_pr else ("org/slim", "v2"))  # a pull request is a branch already
@@ -446,6 +461,11 @@ def test_figures_of_other_weights_do_not_stay_on_the_hub(saved, hub, tmp_path):
     files = hub.files("org/slim")
     assert "efficiency.json" not in files and {"own.txt", "sub/efficiency.json"} <= set(files)
     assert b"No measurements were" in files["README.md"] and b"Our card" not in files["README.md"]
+    theirs = dict.fromkeys(("SUMMARY.md", "pareto.png", "efficiency.json"), b"of theirs")
+    for card in ({"README.md": THEIRS}, {}):
+        hub.add_commit("org/slim", "main", {**theirs, **card})
+        check(run_python(MODEL_PUSH, environment, tmp_path, *changed))
+        assert theirs.items() < hub.files("org/slim").items()
 
 
 def test_weights_of_an_earlier_push_are_not_loaded_instead_of_the_new_ones(saved, hub, tmp_path):
@@ -477,12 +497,67 @@ def test_the_three_ways_on_the_card_run_as_they_are_written(saved, hub, tmp_path
     assert again.startswith(said) and "'label': 'LABEL_" in again
 
 
-def test_a_card_that_somebody_wrote_into_the_folder_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_costeff.hub.card_on_the_hub", lambda *_: ModelCard("---\ntags: []\n---\nOn the Hub.\n"))
-    tiny_model().save_pretrained(tmp_path)
-    (tmp_path / "README.md").write_text("---\ntags:\n- mine\n---\nBy hand.\n")
-    write_card(tmp_path, "org/slim", origin="", tags=["film"])
-    assert (tmp_path / "README.md").read_text() == "---\ntags:\n- mine\n- film\n---\nBy hand.\n"
+def by(whom: str, tag: str = "mine") -> str:
+    return f"---\ntags:  [{tag}]  # kept as it is\r\n---\r\n{whom}\n"
+
+
+OURS = by("Ours.") + MARKER
+
+
+@pytest.mark.parametrize(
+    ("own", "on_the_hub", "pushed"),
+    [
+        (by("Own."), by("Theirs."), by("Own.")),
+        (by("Own."), OURS, by("Own.")),
+        (OURS, by("Theirs."), by("Theirs.")),
+        (None, by("Theirs."), by("Theirs.")),
+        (OURS, by("Old.") + MARKER, OURS),
+        (OURS, None, OURS),
+        (None, None, None),
+    ],
+)
+def test_a_card_by_hand_is_pushed_before_one_of_ours_and_the_folders_before_the_hubs(own, on_the_hub, pushed, tmp_path):
+    card = tmp_path / "README.md"
+    if own is not None:
+        card.write_bytes(own.encode())
+    for tags in (None, ["film"]):
+        with card_to_push(card, on_the_hub, tags):
+            assert card.exists() == (pushed is not None)
+            if pushed is not None and tags is None:
+                assert card.read_bytes() == pushed.encode()
+            elif pushed is not None:
+                assert ModelCard.load(card).data.tags == ["mine", "film"]
+                assert ModelCard.load(card).text.strip() == ModelCard(pushed).text.strip()
+        assert (card.read_bytes() if card.exists() else None) == (None if own is None else own.encode())
+
+
+THEIRS = b"---\ntags:\n- mine\n---\nTheirs.\n"
+
+
+def test_the_command_leaves_a_card_that_was_edited_on_the_hub_every_time(hub, tmp_path):
+    """Nor does the folder take it over: a later edit would then give way to an older one."""
+    tiny_model().save_pretrained(tmp_path / "slim")
+    push = (COMMAND_PUSH, hub.environment(tmp_path), tmp_path, tmp_path / "slim", "--repo_id", "org/slim")
+    check(run_python(*push))
+    assert b"No measurements were" in hub.files("org/slim")["README.md"]
+    for edit in (THEIRS, THEIRS + b"And more.\n"):
+        hub.add_commit("org/slim", "main", {**hub.files("org/slim"), "README.md": edit})
+        check(run_python(*push))
+        assert hub.files("org/slim")["README.md"] == edit
+        assert MARKER in (tmp_path / "slim" / "README.md").read_text()
+    (tmp_path / "slim" / "README.md").write_bytes(b"---\ntags: []\n---\nMine.\n")
+    check(run_python(*push))
+    assert b"Mine." in hub.files("org/slim")["README.md"]
+
+
+def test_an_unchanged_models_own_push_leaves_a_card_that_was_edited_on_the_hub_and_adds_tags(hub, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "slim")
+    write_model_card(tmp_path / "slim", "slim")
+    hub.repos["org/slim"] = {"private": False, "branches": {}}
+    hub.add_commit("org/slim", "main", {"README.md": THEIRS})
+    push = (MODEL_PUSH, hub.environment(tmp_path), tmp_path, tmp_path / "slim", "slim")  # a bare name
+    check(run_python(*push, '{"tags": ["film"]}'))
+    assert hub.files("org/slim")["README.md"] == THEIRS.replace(b"- mine\n", b"- mine\n- film\n")
 
 
 def test_a_branch_is_made_and_loads_by_its_name(saved, hub, tmp_path):

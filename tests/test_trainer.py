@@ -692,8 +692,10 @@ def test_arguments_out_of_range_are_refused(settings, message, tmp_path):
 
 
 def test_class_weights_need_one_entry_per_label(tmp_path):
-    with pytest.raises(ValueError, match="`class_weights` has 2 entries for 3 labels"):
+    with pytest.raises(ValueError, match=r"`class_weights` has 2 entries for 3 labels\. Give one each"):
         make_trainer(tmp_path, class_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"`class_weights` has 2 entries for 3 labels\. Give one each"):
+        TeacherTrainer(one_teacher_step(tmp_path).model, TrainingArguments(tmp_path), class_weights=[1.0, 2.0])
 
 
 @pytest.mark.parametrize(
@@ -711,21 +713,25 @@ def test_class_weights_need_one_entry_per_label(tmp_path):
 def test_settings_of_classes_are_refused_where_the_loss_would_ignore_them(model, settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, model=tiny_model(**model), **settings)
+    teacher = tiny_bert(**{"problem_type": "regression", **model})
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=settings.get("label_smoothing_factor", 0.0))
+    with pytest.raises(ValueError, match=message):
+        TeacherTrainer(teacher, arguments, class_weights=settings.get("class_weights"))
 
 
 def test_a_push_takes_what_the_arguments_say_unless_the_call_says_otherwise(tmp_path, monkeypatch):
     asked, said = {}, {"hub_model_id": "org/own", "hub_token": "hf_own", "hub_revision": "v2", "hub_private_repo": True}
     monkeypatch.setattr("hf_costeff.trainer.push_folder", lambda folder, repo_id, **given: asked.update(given))
-    monkeypatch.setattr("hf_costeff.trainer.write_card", lambda folder, repo_id, **given: asked.update(card=given))
     trainer = make_trainer(tmp_path, **said)
     trainer.push_to_hub()
     options = {"commit_message": "End of training", "private": True, "token": "hf_own", "revision": "v2"}
     assert {name: asked[name] for name in options} == options
-    assert (asked["card"]["token"], asked["card"]["revision"], asked["card"]["tags"]) == ("hf_own", "v2", None)
+    assert asked["tags"] is None and "# org/own" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("By hand.")
     given = {"commit_message": "Hello", "private": False, "token": "hf_other", "revision": "v3"}
     trainer.push_to_hub(**given, tags="film")
     assert {name: asked[name] for name in given} == given
-    assert (asked["card"]["token"], asked["card"]["revision"], asked["card"]["tags"]) == ("hf_other", "v3", ["film"])
+    assert asked["tags"] == ["film"] and (tmp_path / "README.md").read_text() == "By hand."
 
 
 def test_the_arguments_are_command_line_flags(tmp_path):

@@ -118,7 +118,7 @@ class SideBySide:
 
     def _confidence_of_every_exit(self, batch: dict[str, torch.Tensor], settings: ExitConfig) -> torch.Tensor:
         """Largest probability at every exit, at its temperature, shape (texts, exits)."""
-        with torch.no_grad():
+        with torch.inference_mode():
             exits = self.slim(**batch).exit_logits
         criterion = settings.build_criterion(len(exits), SINGLE_LABEL)
         scaled = [criterion.scaled(logits, index) for index, logits in enumerate(exits)]

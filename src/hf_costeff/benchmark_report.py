@@ -12,7 +12,7 @@ import torch
 from .benchmarking import EARLY, TEACHER, Measurement
 from .charts import new_figure
 from .markdown import markdown_table
-from .report import describe_hardware
+from .report import describe_device
 
 COLUMNS = (
     *("device", "precision", "threads", "tokens", "batch", "model", "ms, median", "p95", "p99", "texts/s", "faster by"),
@@ -32,15 +32,18 @@ KEY = """\
 
 
 def write_benchmark(found: Sequence[Measurement], folder: str | Path) -> str:
-    """Write `benchmark.json` and, with matplotlib, charts; returns the table of [`format_benchmark`] and its key.
+    """Write `benchmark.json`, which has the hardware by device and the measurements, and, with matplotlib, charts.
 
     Args:
         found: From [`hf_costeff.benchmarking.benchmark`].
         folder: Made if it is not there.
+
+    Returns:
+        The table of [`format_benchmark`] and its key.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    hardware = describe_hardware(torch.device(found[-1].device))
+    hardware = {device: describe_device(torch.device(device)) for device in dict.fromkeys(one.device for one in found)}
     measurements = [{**dataclasses.asdict(one), "mean_exit_layer": one.mean_exit_layer} for one in found]
     (folder / "benchmark.json").write_text(json.dumps({"hardware": hardware, "measurements": measurements}, indent=1))
     draw_speedup_chart(folder / "speedup_by_batch.png", found)

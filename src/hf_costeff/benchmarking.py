@@ -30,6 +30,7 @@ from .efficiency import mean_flops, measure_alternating, ratio, stock_flops
 from .evaluation import Collator, Contender
 from .exit_criteria import REGRESSION, ExitConfig, answers, same_answers
 from .exit_replay import ExitLogits, stored_settings
+from .exiting_rows import ExitPlan
 from .export import export_onnx, quantize_graph, write_stock_graph
 from .metrics import compute_metrics, default_metric
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, CostEffPrediction
@@ -329,13 +330,14 @@ def _in_int8(
         raise ValueError(
             "int8 needs a collator with a tokenizer. Make it with hf_costeff.data.make_collator(tokenizer)."
         )
-    names = [name for name in MODEL_INPUTS if name in tokenizer.model_input_names]
     large, slim = folder / "teacher.onnx", folder / "slim"
     if not large.exists():
         export_onnx(model, tokenizer, slim, int8=True)
-        write_stock_graph(teacher, names, folder / "teacher_fp32.onnx")
+        made = [name for name in MODEL_INPUTS if name in tokenizer.model_input_names]
+        write_stock_graph(teacher, made, folder / "teacher_fp32.onnx")
         quantize_graph(folder / "teacher_fp32.onnx", large)
     session, runner = open_session(large, threads), Runner(slim, threads=threads)
+    names = [one.name for one in session.get_inputs()]
 
     def one_graph(batch: Mapping[str, Tensor]) -> CostEffPrediction:
         types = torch.zeros_like(batch["input_ids"])  # where the rows came without
@@ -343,7 +345,7 @@ def _in_int8(
         return CostEffPrediction(logits=torch.from_numpy(logits))
 
     def segments(batch: Mapping[str, Tensor], early_exit: Any) -> CostEffPrediction:
-        given = {name: batch[name].tolist() for name in names if name in batch and name != "attention_mask"}
+        given = {name: batch[name].tolist() for name in ("input_ids", "token_type_ids") if name in batch}
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         rows = [{name: values[row][:length] for name, values in given.items()} for row, length in enumerate(lengths)]
         found = runner.predict_tokens(rows, early_exit, batch_size=len(rows))
@@ -450,9 +452,9 @@ def _spent(contender: Contender, batches: Sequence[Mapping[str, Tensor]]) -> tup
         flops = {length: stock_flops(config, length) for length in set(lengths)}
         return (0.0,) * (depth - 1) + (1.0,), statistics.mean(flops[length] for length in lengths)
     layers = torch.cat([contender.answer(batch).exit_layer.cpu() for batch in batches])
-    checked = [] if contender.settings is None else contender.settings.checked_exits
+    stops = ExitPlan.make(contender.settings, config.exit_layers, config.resolved_problem_type).stops
     shares = (torch.bincount(layers, minlength=depth + 1)[1:] / len(layers)).tolist()
-    return tuple(shares), mean_flops(config, layers, lengths, checked)
+    return tuple(shares), mean_flops(config, layers, lengths, stops)
 
 
 def matmul_peak(device: str, precision: str) -> float:

@@ -228,8 +228,11 @@ class ExitCriterion(ABC):
         return True
 
     def leaves(self, history: Tensor, exit_index: int) -> Tensor:
-        """Which rows leave at this exit: booleans, True = leaves, shape (rows,); arguments as for [`evidence`]."""
-        return self.passes(self.evidence(history, exit_index), exit_index)
+        """Which rows leave at this exit: booleans, True = leaves, shape (rows,); arguments as for [`evidence`].
+
+        Compared in double precision, as `predict` does on the host.
+        """
+        return self.passes(self.evidence(history, exit_index).double(), exit_index)
 
     @abstractmethod
     def evidence(self, history: Tensor, exit_index: int) -> Tensor:
@@ -246,7 +249,10 @@ class ExitCriterion(ABC):
 
     @abstractmethod
     def passes(self, evidence: Tensor | float, exit_index: int) -> Any:
-        """Whether rows with this evidence leave: a boolean for a number, booleans for a tensor of the same shape."""
+        """Whether rows with this evidence leave: a boolean for a number, booleans for a tensor of the same shape.
+
+        A tensor must be in double precision: in a lower one the threshold would be rounded.
+        """
 
 
 class ThresholdCriterion(ExitCriterion):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,10 +18,11 @@ from .evaluation import Collator, collect_exit_logits, model_inputs
 from .exit_criteria import REGRESSION, ExitConfig
 from .exit_replay import ExitReplay, ExitTimes, stored_settings
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification
-from .report import describe_hardware
+from .report import describe_device
 
-NEVER = 1e-9
-"""A threshold in nats, or a tolerance, that no row of a trained model passes; every exit is asked."""
+NEVER = math.ulp(0.0)
+"""The least number above 0, as a threshold in nats or a tolerance: every exit is asked, and only an entropy or a change
+of exactly 0 could pass, which in single precision takes logits more than 100 apart."""
 
 
 def measure_exit_times(
@@ -77,7 +79,7 @@ def measure_exit_times(
         batch_size=batch_size,
         threads=threads,
         precision=str(model.dtype).removeprefix("torch."),
-        hardware={**describe_hardware(model.device), "threads": threads},
+        hardware=describe_device(model.device),
     )
 
 

@@ -7,6 +7,7 @@ compared with the model before it is kept: same exits, logits within 1e-4.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import shutil
@@ -93,6 +94,19 @@ class BiasAlone(nn.Module):
     def forward(self, hidden_states: Tensor, *others: Any) -> Any:
         """The bias, shape (hidden,), and for attention `None` instead of its weights."""
         return (self.bias, None) if self.has_weights else self.bias
+
+
+class ByName(nn.Module):
+    """A stock classifier whose inputs are given by position and passed on by name; families order them differently."""
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Raw logits (batch, labels)."""
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
 
 
 @dataclass(frozen=True)
@@ -275,12 +289,15 @@ def write_stock_graph(model: PreTrainedModel, inputs: Sequence[str], file: Path)
 
     Args:
         model: Left as it is.
-        inputs: Names of the first arguments of its forward, whole numbers of shape (batch, seq) each.
+        inputs: Names of arguments, whole numbers of shape (batch, seq) each; those that its forward does not take are
+            left out, and are no inputs of the graph.
         file: ONNX file to write; its output is `logits`.
     """
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval()
     plain.set_attn_implementation("eager")
-    trace(plain, {name: torch.ones(2, 3, dtype=torch.long) for name in inputs}, ["logits"], file)
+    taken = inspect.signature(plain.forward).parameters
+    names = [name for name in inputs if name in taken]
+    trace(ByName(plain, names), {name: torch.ones(2, 3, dtype=torch.long) for name in names}, ["logits"], file)
 
 
 def trace(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], file: Path) -> None:

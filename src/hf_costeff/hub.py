@@ -22,11 +22,12 @@ from huggingface_hub.errors import (
 from transformers.dynamic_module_utils import get_relative_import_files
 
 CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CARD = "README.md"
 FIGURES = ("SUMMARY.md", "efficiency.json", "pareto.png")
 REPORT_FILES = (CARD, *FIGURES)
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.jinja", "*.spm", "spiece.model", "sentencepiece*.model"),
 )
 TOKENIZER_FOLDER = "tokenizer_"
@@ -62,15 +63,17 @@ def push_folder(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    tags: list[str] | None = None,
 ) -> CommitInfo:
     """Upload the model files of a folder in one commit: all of them arrive, or nothing changes.
 
     Only files that make up a model travel ([`MODEL_FILES`] and [`code_files`]): no pickles, no checkpoints, no stages.
-    Weights and figures of an earlier push that this folder does not have are removed; everything else in the
-    repository stays.
+    Weights of an earlier push that this folder does not have are removed, and its figures if the card there is one of
+    ours; everything else in the repository stays. A card that somebody has written on the Hub stays too, unless
+    somebody has written the folder's.
 
     Args:
-        folder: A saved model.
+        folder: A saved model; as it was afterwards.
         repo_id: `name` or `org/name`; made if it is not there.
         commit_message: First line of the commit.
         commit_description: The rest of the commit's message.
@@ -78,6 +81,7 @@ def push_folder(
         token: Access token; `None` uses the one you are logged in with.
         revision: Branch, made if it is not there; `None` is `main`.
         create_pr: Whether to open a pull request instead.
+        tags: Added to those of the card.
 
     Returns:
         The commit.
@@ -94,17 +98,22 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-            allow_patterns=[*travelling, *(f"{TOKENIZER_FOLDER}*/{name}" for name in TOKENIZER_FILES)],
-            delete_patterns=[*WEIGHT_FILES, *FIGURES],  # of an earlier push; what is uploaded now stays
-            ignore_patterns=_folders_that_stay(folder),
-        )
+        on_the_hub = card_on_the_hub(repo_id, token, revision)
+        stale = [*WEIGHT_FILES]  # of an earlier push; what is uploaded now stays
+        if on_the_hub is not None and MARKER in on_the_hub:  # without it, figures may be somebody's own
+            stale += FIGURES
+        with card_to_push(Path(folder) / CARD, on_the_hub, tags):
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                allow_patterns=[*travelling, *(f"{TOKENIZER_FOLDER}*/{name}" for name in TOKENIZER_FILES)],
+                delete_patterns=stale,
+                ignore_patterns=_folders_that_stay(folder),
+            )
 
 
 def _folders_that_stay(folder: str | Path) -> list[str]:
@@ -153,24 +162,38 @@ def check_model_folder(folder: str | Path) -> None:
 
 
 def code_files(folder: str | Path) -> list[str]:
-    """Names of the files that `config.json` takes classes from and of what these import; no other code of a folder.
+    """Names of the files that model and tokenizer take classes from and of what these import; no other code.
 
     Raises:
         ValueError: If one of them is missing.
     """
-    config = read_json(Path(folder) / CONFIG)
-    pipelines = [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
-    named = (*config.get("auto_map", {}).values(), *pipelines)
+    named = []
+    for file in (Path(folder) / name for name in (CONFIG, TOKENIZER_CONFIG)):
+        config = read_json(file) if file.exists() else {}
+        pipelines = [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
+        named += [*classes(config.get("auto_map")), *pipelines]
     targets = [target for target in named if "--" not in target]  # with it, the code is in another repository
     try:
         files = [Path(folder) / f"{target.split('.')[0]}.py" for target in targets]
         read = [imported for file in files for imported in (file, *get_relative_import_files(file))]
     except FileNotFoundError as error:
         raise ValueError(
-            f"{error.filename} is missing: code that the model's config names or that this code imports. Load the "
-            "model and save it again with save_pretrained, which puts its code beside it."
+            f"{error.filename} is missing: code that {CONFIG} or {TOKENIZER_CONFIG} names or that this code imports. "
+            "Load model and tokenizer and save them again with save_pretrained, which puts their code beside them."
         ) from error
     return sorted({Path(file).name for file in read})
+
+
+def classes(auto_map: Any) -> list[str]:
+    """The classes that an `auto_map` names; a tokenizer's may be a list of a slow and a fast one, either missing.
+
+    >>> classes({"AutoTokenizer": ["own.Slow", None], "AutoProcessor": "own.Processor"})
+    ['own.Slow', 'own.Processor']
+    """
+    if isinstance(auto_map, str):
+        return [auto_map]
+    values = auto_map.values() if isinstance(auto_map, dict) else auto_map or ()
+    return [name for value in values for name in classes(value)]
 
 
 def copy_report(origin: str | Path, folder: str | Path) -> bool:
@@ -215,41 +238,35 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no JSON: {error}. Restore it, or save the model again.") from error
 
 
-def write_card(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    origin: str | Path,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    tags: list[str] | None = None,
-    otherwise: ModelCard | None = None,
-) -> None:
-    """Put a card beside a model that was saved in order to be pushed.
+@contextmanager
+def card_to_push(card: Path, on_the_hub: str | None, tags: list[str] | None) -> Iterator[None]:
+    """While a folder is pushed, its card is the one to be on the Hub; then it gets its own back.
 
-    One that somebody has written there stays. Otherwise that of the folder the model came from, if it still holds; else
-    one on the Hub that somebody has written; else a new one.
+    One that somebody has written in the folder comes first, then one that somebody has written on the Hub, then the
+    folder's.
 
     Args:
-        folder: Where the model was saved.
-        repo_id: Where it goes.
-        origin: Where it was loaded from.
-        token: Access token; `None` uses the one you are logged in with.
-        revision: Branch it goes to.
-        tags: Added to those of the card.
-        otherwise: The new one; `None` takes one without figures.
+        card: The folder's, which may be missing.
+        on_the_hub: The text of the one that is there already; `None` if there is none.
+        tags: Added to those of the card, if there is one.
     """
-    file = Path(folder) / CARD
-    card = None
-    if not is_written_by_hand(file) and not copy_report(origin, folder):
-        card = card_on_the_hub(repo_id, token, revision)
-        if card is None or MARKER in card.content:  # of ours, and its figures are those of other weights
-            card = otherwise or plain_card(repo_id, folder)
-    if tags:
-        card = card or ModelCard.load(file)
-        card.data.tags = [*dict.fromkeys([*(card.data.tags or []), *tags])]
-    if card is not None:
-        card.save(file)
+    own = card.read_bytes() if card.exists() else None
+    text = None if own is None else own.decode("utf-8")
+    if on_the_hub is not None and MARKER not in on_the_hub and (text is None or MARKER in text):
+        text = on_the_hub
+    if tags and text is not None:
+        tagged = ModelCard(text)
+        tagged.data.tags = [*dict.fromkeys([*(tagged.data.tags or []), *tags])]
+        text = str(tagged)
+    try:
+        if text is not None:
+            card.write_bytes(text.encode("utf-8"))
+        yield
+    finally:
+        if own is None:
+            card.unlink(missing_ok=True)
+        else:
+            card.write_bytes(own)
 
 
 def is_written_by_hand(card: Path) -> bool:
@@ -257,8 +274,8 @@ def is_written_by_hand(card: Path) -> bool:
     return card.exists() and MARKER not in card.read_text(encoding="utf-8")
 
 
-def card_on_the_hub(repo_id: str, token: str | bool | None, revision: str | None) -> ModelCard | None:
-    """The card that is there already, if there is one; a branch that is still to be made begins as `main`."""
+def card_on_the_hub(repo_id: str, token: str | bool | None, revision: str | None) -> str | None:
+    """The text of the card that is there, if there is one; a branch that is still to be made begins as `main`."""
     with clear_errors(repo_id):
         try:
             file = hf_hub_download(repo_id, CARD, token=token, revision=revision)
@@ -266,7 +283,7 @@ def card_on_the_hub(repo_id: str, token: str | bool | None, revision: str | None
             return None if revision is None else card_on_the_hub(repo_id, token, None)
         except (RepositoryNotFoundError, RemoteEntryNotFoundError):
             return None
-    return ModelCard(Path(file).read_text(encoding="utf-8"))
+    return Path(file).read_bytes().decode("utf-8")
 
 
 def plain_card(repo_id: str, folder: str | Path) -> ModelCard:

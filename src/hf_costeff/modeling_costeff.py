@@ -24,7 +24,7 @@ from .encoder_layers import CostEffEmbeddings, CostEffLayer, eager_attention
 from .exit_criteria import ExitConfig, answer_confidence, probabilities
 from .exit_heads import EXIT_HEAD_CLASSES, EXIT_POOLING_FUNCTIONS
 from .exiting_rows import ExitPlan, LeavingRows, RunningRows, ends_and_counts, host_index, pick
-from .hub import push_folder, write_card
+from .hub import CARD, copy_report, plain_card, push_folder
 from .packed_linear import PackedLinear, use_packed_layers
 from .promises import warn_if_void
 
@@ -143,7 +143,8 @@ class CostEffPreTrainedModel(PreTrainedModel):
         """As upstream's, with a card that speaks of this model where upstream's is an empty form.
 
         While weights and exit settings are those of the local folder the model was loaded from, that folder's card
-        and figures go along. Otherwise a card that is on the Hub stays, and a new repository gets one without figures.
+        and figures go along; otherwise a card without figures. One that somebody has written on the Hub stays, unless
+        that folder's is by hand too.
 
         Args:
             repo_id: `name` or `org/name`; made if it is not there.
@@ -159,8 +160,9 @@ class CostEffPreTrainedModel(PreTrainedModel):
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            write_card(folder, repo_id, origin=self.name_or_path, token=token, revision=revision, tags=tags)
-            return push_folder(folder, repo_id, token=token, revision=revision, **options)
+            if not copy_report(self.name_or_path, folder):
+                plain_card(repo_id, folder).save(Path(folder) / CARD)
+            return push_folder(folder, repo_id, token=token, revision=revision, tags=tags, **options)
 
 
 @contextmanager

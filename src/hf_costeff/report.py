@@ -101,10 +101,15 @@ def without_folders(value: Any) -> Any:
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, threads and versions, for a report; no host names or paths."""
+    """As [`describe_device`], and how many CPU threads torch uses now."""
+    return {**describe_device(device), "threads": torch.get_num_threads()}
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Processor, accelerator and version of torch, for a report; no host names or paths."""
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     cpu = torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else platform.machine()
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "accelerator": accelerator, "torch": torch.__version__}
+    return {"cpu": cpu, "accelerator": accelerator, "torch": torch.__version__}
 
 
 def summarize(result: CompressionResult, report: dict[str, Any]) -> str:

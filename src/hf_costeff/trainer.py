@@ -25,8 +25,8 @@ from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig
 from .difficulty import HARD, check_hard_rows
 from .efficiency import count_parameters
-from .exit_criteria import REGRESSION, SINGLE_LABEL
-from .hub import push_folder, write_card
+from .exit_criteria import MULTI_LABEL, REGRESSION
+from .hub import CARD, is_written_by_hand, push_folder
 from .losses import difficulty_loss, representation_loss, soft_label_loss, task_loss, weighted_sum
 from .metrics import compute_metrics as default_metrics
 from .model_card import TrainingCard, describe_losses
@@ -130,6 +130,9 @@ class TeacherTrainer(ResumableTrainer):
         args: Upstream's `TrainingArguments`.
         class_weights: Weight of each class; `None` weighs all alike.
         **kwargs: Everything else upstream's `Trainer` takes.
+
+    Raises:
+        ValueError: If `class_weights` or label smoothing do not go with the kind of problem.
     """
 
     loss_is_scaled_for_ga = False  # a mean over its batch
@@ -145,6 +148,9 @@ class TeacherTrainer(ResumableTrainer):
         super().__init__(model, args, compute_metrics=self._metrics, **kwargs)
         self.problem_type = model.config.problem_type
         self.class_weights = class_weights
+        check_class_settings(
+            self.problem_type, model.config.num_labels, class_weights, self.args.label_smoothing_factor
+        )
 
     def compute_loss(
         self,
@@ -227,7 +233,9 @@ class CostEffTrainer(ResumableTrainer):
                     f"{config.hidden_size}: their representations cannot be compared. Set representation_weight=0, "
                     "or use a teacher of equal width."
                 )
-        self._check_class_settings()
+        check_class_settings(
+            config.resolved_problem_type, config.num_labels, args.class_weights, args.label_smoothing_factor
+        )
         if args.token_replacement_rate:
             self._check_token_replacement()
         if args.difficulty_weight:
@@ -237,18 +245,6 @@ class CostEffTrainer(ResumableTrainer):
         self.add_callback(self.regularizer)
         self._logged_parts: dict[str, Tensor] = {}
         self._logged_steps = 0
-
-    def _check_class_settings(self) -> None:
-        problem_type, weights = self.model.config.resolved_problem_type, self.args.class_weights
-        if weights is not None and problem_type == REGRESSION:
-            raise ValueError(f"`class_weights` is {weights}, and regression has no classes. Leave it out.")
-        if weights is not None and len(weights) != self.model.config.num_labels:
-            raise ValueError(f"`class_weights` has {len(weights)} entries for {self.model.config.num_labels} labels.")
-        if (smoothing := self.args.label_smoothing_factor) and problem_type != SINGLE_LABEL:
-            raise ValueError(
-                f"`label_smoothing_factor` is {smoothing}, and spreads one right label over the others; this is "
-                f"{problem_type}. Set it to 0."
-            )
 
     def _check_token_replacement(self) -> None:
         if self.teacher is None or self.loss_weights["task_loss"]:
@@ -304,8 +300,8 @@ class CostEffTrainer(ResumableTrainer):
         token = self.args.hub_token if token is None else token
         revision = revision or self.args.hub_revision
         tags = [kwargs["tags"]] if isinstance(kwargs.get("tags"), str) else kwargs.get("tags")
-        card = self._card(repo_id, kwargs)
-        write_card(folder, repo_id, origin="", token=token, revision=revision, tags=tags, otherwise=card)
+        if not is_written_by_hand(folder / CARD):
+            self._card(repo_id, kwargs).save(folder / CARD)
         push = partial(
             push_folder,
             folder,
@@ -314,6 +310,7 @@ class CostEffTrainer(ResumableTrainer):
             private=self.args.hub_private_repo if private is None else private,
             token=token,
             revision=revision,
+            tags=tags,
         )
         return push() if blocking else HfApi().run_as_future(push)
 
@@ -446,6 +443,33 @@ class CostEffTrainer(ResumableTrainer):
 
     def _default_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
         return default_metrics(evaluation.predictions, evaluation.label_ids, self.model.config.resolved_problem_type)
+
+
+def check_class_settings(
+    problem_type: str, num_labels: int, class_weights: list[float] | None, label_smoothing: float
+) -> None:
+    """Refuse settings of classes that the task loss cannot use or would ignore.
+
+    Args:
+        problem_type: As upstream's `config.problem_type`.
+        num_labels: Of the model.
+        class_weights: Weight of each class, or of each positive label; `None` weighs all alike.
+        label_smoothing: As upstream's `label_smoothing_factor`.
+
+    Raises:
+        ValueError: Naming the setting and what it needs.
+    """
+    if class_weights is not None and problem_type == REGRESSION:
+        raise ValueError(f"`class_weights` is {class_weights}, and regression has no classes. Leave it out.")
+    if class_weights is not None and len(class_weights) != num_labels:
+        raise ValueError(
+            f"`class_weights` has {len(class_weights)} entries for {num_labels} labels. Give one each, or leave it out."
+        )
+    if label_smoothing and problem_type in (REGRESSION, MULTI_LABEL):
+        raise ValueError(
+            f"`label_smoothing_factor` is {label_smoothing}, and spreads one right label over the others; this is "
+            f"{problem_type}. Set it to 0."
+        )
 
 
 def newest_whole_checkpoint(output_dir: str | Path, with_best: bool = False) -> str | None:
