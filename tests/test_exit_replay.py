@@ -57,7 +57,7 @@ def test_a_row_next_to_a_threshold_leaves_in_a_replay_as_in_predict(name):
         logits = torch.stack([first, *model(**batch).exit_logits[1:]], 1)
     value = ExitConfig(name, threshold=0.5).build_criterion(4, SINGLE).measured(first, 0).item()
     layers = []
-    for threshold in (math.nextafter(value, 0), value, math.nextafter(value, 1)):
+    for threshold in (math.nextafter(value, 0), value, math.nextafter(value, math.inf)):
         settings = ExitConfig(name, threshold=threshold, checked_exits=[1])
         layers.append(model.predict(**batch, early_exit=settings).exit_layer.tolist())
         replayed = ExitReplay(ExitLogits(logits, torch.tensor([7])), model.config).at(settings)

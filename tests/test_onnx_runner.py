@@ -6,6 +6,7 @@ import ast
 import io
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +136,19 @@ def test_settings_that_the_package_refuses_are_refused(values):
         ExitConfig.from_dict(values)
     with pytest.raises(ValueError):
         ExitSettings.resolve(values, None)
+
+
+@pytest.mark.parametrize("name", ["entropy", "entropy_nats", "confidence", "margin"])
+def test_a_threshold_is_compared_in_double_precision(name):
+    """A row next to it leaves on the far side alone, though single precision cannot tell the two."""
+    history = np.array([[[1.0, 0.3, 0.1]]], np.float32)
+    rule = ExitRule(ExitSettings(name, threshold=0.5), 2, SINGLE_LABEL)
+    value = float(rule.measure.of(onnx_runner.decision_log_probabilities(history[:, -1], SINGLE_LABEL))[0])
+    found = []
+    for threshold in (math.nextafter(value, 0), value, math.nextafter(value, math.inf)):
+        rule = ExitRule(ExitSettings(name, threshold=threshold), 2, SINGLE_LABEL)
+        found.append(rule.leaves(history, 0).tolist()[0])
+    assert found == ([False, False, True] if name.startswith("entropy") else [True, False, False])
 
 
 def test_settings_that_need_a_number_say_so():

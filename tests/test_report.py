@@ -16,7 +16,14 @@ from hf_costeff.charts import draw_pareto_chart
 from hf_costeff.compression_args import CompressionPlan
 from hf_costeff.evaluation import ReportRow
 from hf_costeff.exit_replay import ExitOutcome
-from hf_costeff.report import CompressionResult, describe_hardware, summarize, without_folders, write_report
+from hf_costeff.report import (
+    CompressionResult,
+    describe_hardware,
+    drop_exit_figures,
+    summarize,
+    without_folders,
+    write_report,
+)
 from hf_costeff.slenderization import Widths, describe_widths
 
 WIDTHS = Widths((2, 2), (8, 16), 4)
@@ -131,3 +138,11 @@ def test_a_folder_that_is_there_is_told_by_its_last_name_however_it_was_written(
     assert without_folders("../me/bert") == "./bert" == without_folders(str(tmp_path / "me" / "bert"))
     assert without_folders("me/bert") == "me/bert"  # nothing there: a name on the Hub
     assert without_folders("bert") == "bert" and without_folders(None) is None
+
+
+def test_a_damaged_report_is_told_so_and_left(tmp_path):
+    (tmp_path / "efficiency.json").write_text("{")
+    (tmp_path / "SUMMARY.md").write_text("87%")
+    with pytest.raises(ValueError, match=r"efficiency\.json is no JSON: .*Restore it"):
+        drop_exit_figures(tmp_path)
+    assert (tmp_path / "SUMMARY.md").read_text() == "87%" and (tmp_path / "efficiency.json").read_text() == "{"

@@ -38,7 +38,7 @@ from .onnx_runner import Runner, open_session
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INT8 = "int8"
-"""Not torch but the ONNX export, which is the fastest int8 path on the CPUs it was tried on."""
+"""Not torch but the ONNX export."""
 PRECISIONS = (*DTYPES, INT8)
 CPU_ALONE, NOT_CPU = (INT8,), ("float16",)
 REAL = 0
@@ -186,23 +186,23 @@ def benchmark(
     found: list[Measurement] = []
     placed: tuple[Any, ...] = ()
     contenders: list[Contender] = []
-    kept: list[Kept] = []
+    effects: list[PrecisionEffect] = []
     peak = 0.0
     with TemporaryDirectory() as folder:
-        everything = Everything.of(dataset, collator, model.config.resolved_problem_type)
-        exact = [everything.logits(one) for one in _placed(model, teacher, "cpu", "float32", 1, collator, folder)]
+        all_rows = AllRows.of(dataset, collator, model.config.resolved_problem_type)
+        exact = [all_rows.logits(one) for one in _placed(model, teacher, "cpu", "float32", 1, collator, folder)]
         for setting in grid.settings():
             device, precision, threads, length, batch_size = setting
             with threads_set(threads):
                 if placed != (device, precision, threads):
                     placed = (device, precision, threads)
                     contenders = _placed(model, teacher, *placed, collator, folder)
-                    kept = [everything.kept(*pair) for pair in zip(contenders, exact, strict=True)]
+                    effects = [all_rows.effect(*pair) for pair in zip(contenders, exact, strict=True)]
                     peak = matmul_peak(device, precision)
                 rows = rows_of_length(dataset, length, grid.rows if batch_size > 1 else max(1, grid.rows // 4))
                 batches = batches_of(rows, collator, batch_size)
                 measured = _measure(contenders, batches, grid.rounds, peak, setting)
-            for one, own in zip(measured, kept, strict=True):
+            for one, own in zip(measured, effects, strict=True):
                 found.append(dataclasses.replace(one, **dataclasses.asdict(own)))
     return found
 
@@ -213,8 +213,8 @@ def batches_of(rows: Sequence[dict[str, Any]], collator: Collator, size: int) ->
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a precision keeps of the answers; the fields are those of [`Measurement`]."""
+class PrecisionEffect:
+    """What a precision changes in the answers; the fields are those of [`Measurement`]."""
 
     score: float | None
     score_change: float | None
@@ -222,7 +222,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Everything:
+class AllRows:
     """All rows, sorted by length into batches.
 
     Args:
@@ -236,7 +236,7 @@ class Everything:
     problem_type: str
 
     @classmethod
-    def of(cls, dataset: Dataset, collator: Collator, problem_type: str) -> Everything:
+    def of(cls, dataset: Dataset, collator: Collator, problem_type: str) -> AllRows:
         """The rows of a tokenized data set."""
         lengths = [len(ids) for ids in dataset["input_ids"]]
         ordered = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
@@ -247,19 +247,19 @@ class Everything:
         """What a contender answers to all rows, shape (rows, labels)."""
         return torch.cat([contender.answer(batch).logits.float().cpu() for batch in self.batches])
 
-    def kept(self, contender: Contender, exact: Tensor) -> Kept:
+    def effect(self, contender: Contender, exact: Tensor) -> PrecisionEffect:
         """How a contender's answers differ from exact logits of shape (rows, labels)."""
         logits, agreement = self.logits(contender), None
         if self.problem_type != REGRESSION:
             ours, theirs = (answers(values, self.problem_type) for values in (logits, exact))
             agreement = float(same_answers(ours, theirs, self.problem_type).float().mean())
         if self.labels is None:
-            return Kept(None, None, agreement)
+            return PrecisionEffect(None, None, agreement)
         name = default_metric(self.problem_type)
         score, before = (
             compute_metrics(values.numpy(), self.labels, self.problem_type)[name] for values in (logits, exact)
         )
-        return Kept(score, score - before, agreement)
+        return PrecisionEffect(score, score - before, agreement)
 
 
 @contextmanager

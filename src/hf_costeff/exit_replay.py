@@ -266,7 +266,7 @@ class ReplayedPath:
             weights = values[:, exit].astype(float)
             change += np.bincount(self.since[:, exit], weights, end + 1)
             if exit:
-                change -= np.bincount(self.since[:, exit - 1], values[:, exit].astype(float), end + 1)
+                change -= np.bincount(self.since[:, exit - 1], weights, end + 1)
         return change[:end].cumsum()
 
     def mean_costs(self, costs: Costs) -> np.ndarray:

@@ -215,10 +215,15 @@ def copy_report(origin: str | Path, folder: str | Path) -> bool:
     same_weights = all(filecmp.cmp(origin / name, folder / name, shallow=False) for name in weights)
     if not same_weights or exit_settings(origin / CONFIG) != exit_settings(folder / CONFIG):
         return False
-    for name in REPORT_FILES:
-        if (origin / name).is_file():
-            shutil.copy(origin / name, folder)
+    copy_report_files(origin, folder)
     return True
+
+
+def copy_report_files(origin: str | Path, folder: str | Path) -> None:
+    """Copy card and figures, as far as there are any, whatever they speak of."""
+    for file in (Path(origin) / name for name in REPORT_FILES):
+        if file.is_file():
+            shutil.copy(file, folder)
 
 
 def exit_settings(file: Path) -> dict[str, Any] | None:

@@ -263,7 +263,7 @@ class ExitRule:
         if limit >= end if self.measure.lower_is_surer else limit <= end:
             return np.ones(len(history), dtype=bool)
         scaled = self.scaled(history[:, -1], exit_index)
-        measured = self.measure.of(decision_log_probabilities(scaled, self.problem_type))
+        measured = self.measure.of(decision_log_probabilities(scaled, self.problem_type)).astype(np.float64)
         return measured < limit if self.measure.lower_is_surer else measured > limit
 
     def _agrees(self, history: Array, patience: int) -> Array:

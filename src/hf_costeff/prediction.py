@@ -363,9 +363,9 @@ class TextReader:
 def keep_freed_memory() -> None:
     """Make the C library keep some 60 MB that tensors gave back, instead of returning them to the system every time.
 
-    Batches of changing sizes otherwise return and fetch the same pages again and again, which took a quarter of a slim
-    model's time. Under glibc, freeing one large block raises the limits up to which freed memory is kept (mallopt(3),
-    `M_MMAP_THRESHOLD`); the block itself is never touched and takes no memory. Elsewhere nothing happens.
+    Batches of changing sizes otherwise return and fetch the same pages again and again, which a slim model feels. Under
+    glibc, freeing one large block raises the limits up to which freed memory is kept (mallopt(3), `M_MMAP_THRESHOLD`);
+    the block itself is never touched and takes no memory. Elsewhere nothing happens.
     """
     torch.empty(LARGE_BLOCK, dtype=torch.uint8)
 

@@ -16,6 +16,7 @@ from .charts import draw_pareto_chart
 from .compression_args import CompressionPlan
 from .evaluation import ReportRow, format_table
 from .exit_replay import ExitOutcome
+from .hub import read_json
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,15 @@ def drop_exit_figures(folder: str | Path) -> bool:
 
     Returns:
         Whether there was a report.
+
+    Raises:
+        ValueError: If `efficiency.json` is damaged.
     """
     folder = Path(folder)
     file = folder / "efficiency.json"
     if not file.exists():
         return False
-    report = json.loads(file.read_text())
+    report = read_json(file)
     if report["exit_config"] is not None:
         report |= {"rows": report["rows"][:-1], "exit_config": None, "classes": [], "curve": []}
         file.write_text(json.dumps(report, indent=1))

@@ -12,6 +12,7 @@ import numpy as np
 
 from .checksums import CHECKSUMS, is_whole, write_checksums
 
+STAGES = "stages"
 RUN_FILE = "run.json"
 RECORD_FILE = "stage.json"
 TRAIN_KEYS = "train_keys.npy"
@@ -35,7 +36,7 @@ class StageStore:
             ValueError: If the folder holds a run with other settings, or files that are no run of this package.
         """
         self.output_dir = Path(output_dir)
-        self.folder = self.output_dir / "stages"
+        self.folder = self.output_dir / STAGES
         run_file = self.folder / RUN_FILE
         wanted = json.loads(json.dumps(settings))
         if run_file.exists():
@@ -135,5 +136,5 @@ def train_keys(model_path: str | Path) -> set[int] | None:
     Returns:
         What [`StageStore.keep_train_keys`] was given; `None` if no run lies there.
     """
-    file = Path(model_path) / "stages" / TRAIN_KEYS
+    file = Path(model_path) / STAGES / TRAIN_KEYS
     return set(np.load(file).tolist()) if file.is_file() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,7 +11,7 @@ from typing import Any
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from ..checkpoints import load_classifier, load_config, load_tokenizer
-from ..hub import REPORT_FILES
+from ..hub import copy_report_files
 from ..model_card import write_model_card
 from ..modeling_costeff import CostEffForSequenceClassification
 from ..report import drop_exit_figures
@@ -92,7 +91,7 @@ def save_settings(
     Args:
         model: With its new settings.
         tokenizer: The model's.
-        name: Where it came from.
+        name: Where it came from; a Hub id has no files here, so its figures and its card stay behind.
         folder: Where it goes; its own folder gets the settings alone, since the weights are there.
     """
     if Path(folder).resolve() == Path(name).resolve():
@@ -100,9 +99,7 @@ def save_settings(
     else:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for file in (Path(name) / kept for kept in REPORT_FILES):
-            if file.is_file():
-                shutil.copy(file, folder)
+        copy_report_files(name, folder)
     if drop_exit_figures(folder):
         write_model_card(folder, Path(folder).resolve().name)
 
