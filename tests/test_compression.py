@@ -604,6 +604,14 @@ def test_what_cannot_work_is_refused_before_anything_is_trained_or_written(optio
     assert not (tmp_path / "slim").exists()
 
 
+def test_a_damaged_pretrained_checkpoint_is_told_so_before_anything_is_trained_or_written(teacher, tmp_path):
+    tiny_bert(**WIDE).save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"12345678{")
+    with pytest.raises(ValueError, match=r"The checkpoint '.*bert' cannot be loaded: .*Save it again, or copy"):
+        compress(teacher, make_data(), tmp_path / "slim", compression=2, pretrained=str(tmp_path / "bert"), **SPLIT)
+    assert not (tmp_path / "slim").exists()
+
+
 def test_balanced_classes_need_classes(tmp_path):
     data = make_data()
     for name, rows in data.items():

@@ -210,6 +210,8 @@ class Compression:
         self._set_labels(self.full_config)
         plan = self.plan()
         self._check_reachable(plan)
+        if self.arguments.pretrained is not None:
+            self._load_pretrained(self.arguments.pretrained)  # a damaged one is told before anything is trained
         self.recipe: Recipe = RECIPES[self.arguments.recipe](
             len(self.data.train), max(plan.widths.num_attention_heads), self.data.num_labels
         )
@@ -344,13 +346,9 @@ class Compression:
     # Stages
 
     def _fine_tune_teacher(self) -> tuple[PreTrainedModel, dict[str, Any]]:
-        model = self._prepared(
-            AutoModelForSequenceClassification.from_pretrained(
-                self.arguments.teacher, config=self.teacher_config, dtype=torch.float32
-            )
-        )
+        model, _ = load_unfinished_classifier(self.arguments.teacher, config=self.teacher_config, dtype=torch.float32)
         trainer = TeacherTrainer(
-            model,
+            self._prepared(model),
             self._training_arguments(TrainingArguments, "teacher", self.recipe.teacher, best_by=self.metric),
             class_weights=self._class_weights(),
             train_dataset=self.data.train,
@@ -432,18 +430,17 @@ class Compression:
         )
 
     def _fresh_assistant(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        source = teacher
-        if self.arguments.pretrained is not None:
-            source = AutoModelForSequenceClassification.from_pretrained(
-                self.arguments.pretrained, num_labels=self.data.num_labels, dtype=torch.float32
-            )
         model = convert_from_stock(
-            source,
+            teacher if self.arguments.pretrained is None else self._load_pretrained(self.arguments.pretrained),
             exit_layers=self.arguments.exit_layers,
             exit_pooling=self.arguments.exit_pooling or self.recipe.exit_pooling,
         )
         self._set_labels(model.config)
         return self._prepared(model)
+
+    def _load_pretrained(self, name: str) -> PreTrainedModel:
+        model, _ = load_unfinished_classifier(name, num_labels=self.data.num_labels, dtype=torch.float32)
+        return model
 
     def _class_weights(self) -> list[float] | None:
         if not self.arguments.balance_classes:
