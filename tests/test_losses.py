@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_costeff.losses import importance_loss, representation_loss, soft_label_loss, task_loss, weighted_sum
+from hf_costeff.losses import (
+    difficulty_loss,
+    importance_loss,
+    representation_loss,
+    soft_label_loss,
+    task_loss,
+    weighted_sum,
+)
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 EXITS, BATCH, LABELS = 3, 5, 4
@@ -248,3 +255,59 @@ def test_half_precision_is_summed_in_single_precision(dtype):
     for found, expected in pairs:
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+# --- difficulty
+
+
+def confidences(logits):
+    return logits.double().softmax(-1).amax(-1)
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.5])
+def test_difficulty_loss_is_the_mean_hinge_over_easy_rows_summed_over_exits(margin):
+    """With one hard row every pair is known."""
+    exits = [torch.randn(5, 3, generator=torch.Generator().manual_seed(s)) for s in range(2)]
+    expected = 0.0
+    for logits in exits:
+        sure = confidences(logits)
+        expected += sum(max(0.0, margin - float(sure[i] - sure[2])) for i in (0, 1, 3, 4)) / 4
+    found = difficulty_loss(exits, torch.tensor([0, 0, 1, 0, 0]), SINGLE, margin)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_difficulty_gradients_pull_easy_rows_up_and_hard_rows_down_by_the_derivative_of_the_softmax():
+    """By hand: d max p / d logit_j = p_max (1[j = max] - p_j); saturated pairs have none."""
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.3, 0.1, 0.0], [0.0, 0.4, 0.1]], requires_grad=True)
+    difficulty_loss([logits], torch.tensor([False, False, True]), SINGLE, margin=0.2).backward()
+    p = logits.detach().softmax(-1)
+    active = [0.2 - float(p[i].max() - p[2].max()) > 0 for i in (0, 1)]
+    assert active == [False, True]
+    slope = [p[i].max() * (torch.nn.functional.one_hot(p[i].argmax(), 3) - p[i]) for i in range(3)]
+    expected = torch.stack([0 * slope[0], -slope[1] / 2, slope[2] / 2])
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_partners_are_drawn_evenly_with_replacement():
+    torch.manual_seed(0)
+    logits = torch.zeros(6, 2)
+    logits[:, 0] = torch.tensor([0.5, 0.5, 0.0, 1.0, 2.0, 3.0])
+    hard = torch.tensor([0, 0, 1, 1, 1, 1])
+    sure = confidences(logits)
+    drawn = torch.stack([difficulty_loss([logits], hard, SINGLE, 1.0) for _ in range(4000)])
+    assert float(drawn.mean()) == pytest.approx(float(1 - sure[0] + sure[2:].mean()), abs=0.01)
+    assert len(drawn.unique()) == 4 + 6  # both easy rows with one partner, or with two
+
+
+@pytest.mark.parametrize("hard", [[0, 0, 0], [1, 1, 1]])
+def test_a_batch_of_one_kind_teaches_no_difficulty(hard):
+    assert float(difficulty_loss([torch.randn(3, 2)], torch.tensor(hard), SINGLE)) == 0
+
+
+def test_difficulty_of_several_labels_is_that_of_the_least_sure_one():
+    logits = torch.tensor([[3.0, 0.2], [1.0, -2.0]])
+    sure = torch.maximum(logits.sigmoid(), 1 - logits.sigmoid()).amin(-1)
+    found = difficulty_loss([logits], torch.tensor([0, 1]), MULTI, 0.5)
+    assert float(found) == pytest.approx(0.5 - float(sure[0] - sure[1]), rel=1e-5)
+    with pytest.raises(ValueError, match="no confidence"):
+        difficulty_loss([torch.randn(2, 1)], torch.tensor([0, 1]), REGRESSION)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from helpers import tiny_model, word_tokenizer
-from hf_costeff import CostEffClassificationPipeline, ExitConfig
+from helpers import tiny_bert, tiny_model, word_tokenizer
+from hf_costeff import CostEffClassificationPipeline, ExitConfig, make_cascade
 from hf_costeff.exit_criteria import decision_probabilities, normalized_entropy
 
 TEXTS = [
@@ -126,3 +126,10 @@ def test_a_saved_pipeline_comes_back_with_its_code(classify, tmp_path):
     found, expected = again(TEXTS), classify(TEXTS)
     torch.testing.assert_close(*(torch.tensor([answer["score"] for answer in each]) for each in (found, expected)))
     assert [answer["exit_layer"] for answer in found] == [answer["exit_layer"] for answer in expected]
+
+
+def test_a_cascade_says_which_member_answered(tmp_path):
+    cascade, tokenizer = make_cascade([tiny_bert(num_hidden_layers=1), tiny_bert()], [word_tokenizer()] * 2)
+    pipe = pipeline("costeff-classification", model=cascade, tokenizer=tokenizer, early_exit=1.0)
+    assert [(answer["exit_model"], answer["exit_layer"]) for answer in pipe(["a good film", "bad"])] == [(1, 1)] * 2
+    assert pipe("a good film", early_exit=False)[0]["exit_model"] == 2

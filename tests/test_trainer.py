@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, HfArgumentPars
 import hf_costeff
 from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import CostEffTrainer, CostEffTrainingArguments
+from hf_costeff.difficulty import mark_hard_rows
 from hf_costeff.trainer import Teacher, TeacherTrainer, newest_whole_checkpoint
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -787,3 +789,51 @@ def test_replaced_tokens_need_a_teacher_alone_and_the_tokenizer(
             token_replacement_rate=0.1,
             **changes,
         )
+
+
+# --- difficulty
+
+
+def marked(rows=None):
+    return mark_hard_rows(rows or token_rows(16), [number % 4 == 0 for number in range(16)])
+
+
+def test_difficulty_is_one_more_part_of_the_loss_at_every_exit_with_its_gradient(tmp_path):
+    """One full batch with one hard row, so that the pairs are known; against the hinge written out."""
+    rows = mark_hard_rows(token_rows(4), [False, True, False, False])
+    model = tiny_model(**NO_DROPOUT, gradient_equilibrium=False)
+    twin = copy.deepcopy(model)
+    weights = {"difficulty_weight": 0.3, "difficulty_margin": 0.4}
+    trainer = make_trainer(tmp_path, model=model, rows=rows, **SGD, **weights)
+    trainer.train()
+    batch = COLLATOR([{name: value for name, value in row.items() if name != "hard"} for row in rows])
+    labels = batch.pop("labels")
+    total = torch.zeros(())
+    for logits in twin(**batch).exit_logits:
+        sure = logits.softmax(-1).amax(-1)
+        hinge = sum(torch.relu(0.4 - (sure[i] - sure[1])) for i in (0, 2, 3)) / 3
+        total = total + functional.cross_entropy(logits, labels) + 0.3 * hinge
+    total.backward()
+    for (name, after), before in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.05 * before.grad, rtol=1e-4, atol=1e-6, msg=name)
+    logged = next(entry for entry in trainer.state.log_history if "difficulty_loss" in entry)
+    assert logged["loss"] == pytest.approx(logged["task_loss"] + 0.3 * logged["difficulty_loss"], abs=2e-4)
+
+
+def test_difficulty_needs_marks_and_without_its_weight_marks_change_nothing(tmp_path):
+    with pytest.raises(ValueError, match="needs a column 'hard'"):
+        make_trainer(tmp_path, difficulty_weight=0.5)
+    with pytest.raises(ValueError, match="regression"):
+        make_trainer(tmp_path, model=tiny_model(num_labels=1), rows=marked(), difficulty_weight=0.5)
+    states = []
+    for rows in (token_rows(16), marked()):
+        trainer = make_trainer(tmp_path, rows=rows)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize(("name", "value"), [("difficulty_weight", -1), ("difficulty_margin", 1.5)])
+def test_difficulty_settings_out_of_range_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        training_arguments(tmp_path, **{name: value})

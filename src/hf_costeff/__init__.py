@@ -1,8 +1,8 @@
 """Slim encoder classifiers that leave early, as Hugging Face Transformers models.
 
-Importing the package registers the model type `costeff` with `AutoConfig`, `AutoModel` and
-`AutoModelForSequenceClassification`, and the pipeline `costeff-classification`. Training and the recipe are imported on
-first use: they need Transformers' Trainer, which imports peft.
+Importing the package registers the model types `costeff` and `costeff_cascade` with `AutoConfig` and
+`AutoModelForSequenceClassification`, the first with `AutoModel` too, and the pipeline `costeff-classification`.
+Training and the recipe are imported on first use: they need Transformers' Trainer, which imports peft.
 """
 
 from importlib import import_module
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .block_pruning import BlockShape, prune_blocks
+from .configuration_cascade import CostEffCascadeConfig
 from .configuration_costeff import CostEffConfig
 from .conversion import convert_from_stock, convert_to_stock
 from .exit_criteria import (
@@ -22,6 +23,7 @@ from .exit_criteria import (
     MarginCriterion,
     PatienceCriterion,
 )
+from .modeling_cascade import CostEffCascade
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
 from .packing import choose_layouts, pack, unpack
 from .pipeline_costeff import PIPELINE_TASK, CostEffClassificationPipeline
@@ -29,7 +31,10 @@ from .slenderization import SlenderizationPlan, slenderize
 
 if TYPE_CHECKING:
     from .block_training import BlockPenalty, MaskedTraining
+    from .cascade import load_cascade, make_cascade, save_cascade
+    from .cascade_training import train_cascade
     from .compression import compress
+    from .difficulty import difficulty_labels, mark_hard_rows
     from .evaluation import calibrate
     from .export import export_onnx
     from .monitoring import ExitMonitor
@@ -42,6 +47,8 @@ __all__ = [
     "BlockPenalty",
     "BlockShape",
     "ConfidenceCriterion",
+    "CostEffCascade",
+    "CostEffCascadeConfig",
     "CostEffClassificationPipeline",
     "CostEffConfig",
     "CostEffForSequenceClassification",
@@ -61,17 +68,25 @@ __all__ = [
     "compress",
     "convert_from_stock",
     "convert_to_stock",
+    "difficulty_labels",
     "export_onnx",
+    "load_cascade",
+    "make_cascade",
+    "mark_hard_rows",
     "pack",
     "predict_texts",
     "prune_blocks",
+    "save_cascade",
     "slenderize",
+    "train_cascade",
     "unpack",
 ]
 
 AutoConfig.register(CostEffConfig.model_type, CostEffConfig, exist_ok=True)
 AutoModel.register(CostEffConfig, CostEffModel, exist_ok=True)
 AutoModelForSequenceClassification.register(CostEffConfig, CostEffForSequenceClassification, exist_ok=True)
+AutoConfig.register(CostEffCascadeConfig.model_type, CostEffCascadeConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(CostEffCascadeConfig, CostEffCascade, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
     PIPELINE_TASK, pipeline_class=CostEffClassificationPipeline, pt_model=AutoModelForSequenceClassification
 )
@@ -81,7 +96,13 @@ _ON_FIRST_USE = {
     "MaskedTraining": "block_training",
     "calibrate": "evaluation",
     "compress": "compression",
+    "difficulty_labels": "difficulty",
     "export_onnx": "export",
+    "load_cascade": "cascade",
+    "make_cascade": "cascade",
+    "mark_hard_rows": "difficulty",
+    "save_cascade": "cascade",
+    "train_cascade": "cascade_training",
     "ExitMonitor": "monitoring",
     "predict_texts": "prediction",
     "CostEffTrainer": "trainer",

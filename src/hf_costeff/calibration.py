@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from .configuration_costeff import CostEffConfig
+from .configuration_cascade import CostEffCascadeConfig
 from .exit_criteria import (
     CRITERIA,
     MULTI_LABEL,
@@ -29,6 +29,7 @@ from .exit_criteria import (
 )
 from .exit_replay import (
     Costs,
+    ExitingConfig,
     ExitLogits,
     ExitOutcome,
     ExitReplay,
@@ -38,7 +39,7 @@ from .exit_replay import (
     ThresholdPath,
 )
 from .guarantees import last_safe, p_value, rows_needed, sample_needed, split_rows, zero_loss_rows
-from .metrics import LOWER_IS_BETTER, METRICS, check_metric, paired_bootstrap
+from .metrics import LOWER_IS_BETTER, METRICS, check_metric, paired_bootstrap, worse_by
 
 SHARES = np.linspace(0.005, 1.0, 200)
 GRID = tuple(step / 200 for step in range(201))
@@ -97,7 +98,7 @@ def default_criterion(problem_type: str) -> str:
 
 def candidate_settings(
     records: ExitLogits,
-    config: CostEffConfig,
+    config: ExitingConfig,
     criterion: str,
     *,
     temperatures: float | list[float] = 1.0,
@@ -201,7 +202,7 @@ def _thresholds_per_exit(measured: list[Tensor], losses: np.ndarray, low: float,
     return np.maximum.accumulate(path)
 
 
-def exit_curve(records: ExitLogits, config: CostEffConfig, metric: str) -> list[ExitOutcome]:
+def exit_curve(records: ExitLogits, config: ExitingConfig, metric: str) -> list[ExitOutcome]:
     """The whole speed-accuracy curve, careful to bold, without repeated points.
 
     It is that of the criterion, the temperatures and the checked exits in `config.exit_config`, of all exits and the
@@ -217,7 +218,7 @@ def exit_curve(records: ExitLogits, config: CostEffConfig, metric: str) -> list[
     return [replay.outcome(settings, metric) for part in parts for settings in part]
 
 
-def curve_settings(records: ExitLogits, config: CostEffConfig) -> Sequence[ExitConfig]:
+def curve_settings(records: ExitLogits, config: ExitingConfig) -> Sequence[ExitConfig]:
     """The settings that [`exit_curve`] shows."""
     stored = None if config.exit_config is None else ExitConfig.from_dict(config.exit_config)
     if stored is None:
@@ -299,7 +300,7 @@ class ExitSearch:
 
 def choose_exit_config(
     records: ExitLogits,
-    config: CostEffConfig,
+    config: ExitingConfig,
     metric: str,
     *,
     max_accuracy_drop: float | None = None,
@@ -376,15 +377,6 @@ def choose_exit_config(
     return dataclasses.replace(chosen, calibration={"goal": {goal: limit}, **_seen(replay, chosen, metric), **extra})
 
 
-def worse_by(before: float, after: float, metric: str) -> float:
-    """How much of a metric was lost, positive if it is worse than before, also where less is better.
-
-    >>> worse_by(0.5, 0.75, "mse"), worse_by(0.5, 0.75, "accuracy")
-    (0.25, -0.25)
-    """
-    return after - before if metric in LOWER_IS_BETTER else before - after
-
-
 Loss = Callable[[ReplayedPath], Iterable[float]]
 
 
@@ -408,11 +400,16 @@ def _loss_of(replay: ExitReplay, goal: str, metric: str) -> Loss:
 def _within(
     replay: ExitReplay, paths: list[SettingsPath], loss: Loss, limit: float, costs: Costs
 ) -> tuple[ExitConfig, SettingsPath]:
-    """Of the boldest settings of each path that keep to the limit, the ones that cost least; and their path."""
+    """Of the boldest settings of each path that keep to the limit, the ones that cost least; and their path.
+
+    The most careful ones are among them: members of a cascade that release few rows cost more than they save.
+    """
+    careful = paths[0][0][0]
     found = []
     for path in paths:
         piece, position = _boldest(replay.along(*path), loss, limit)
         found.append((piece.at(position).mean_cost(costs), piece.settings[position], path))
+    found.append((replay.at(careful).mean_cost(costs), careful, paths[0]))
     _, chosen, path = min(found, key=itemgetter(0))
     return chosen, path
 
@@ -567,7 +564,7 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
 
 
 def check_goal(
-    config: CostEffConfig,
+    config: ExitingConfig,
     metric: str,
     *,
     guarantee: bool = False,
@@ -656,7 +653,13 @@ def check_guarantee(goal: str, limit: float, delta: float) -> None:
         raise ValueError(f"`delta` is {delta:g}. It must lie above 0 and below 1: the chance of a broken promise.")
 
 
-def _check_times(times: ExitTimes | None, config: CostEffConfig, goal: str, reference_flops: float | None) -> None:
+def _check_times(times: ExitTimes | None, config: ExitingConfig, goal: str, reference_flops: float | None) -> None:
+    if isinstance(config, CostEffCascadeConfig) and (times is not None or goal == "max_latency_ms"):
+        raise ValueError(
+            f"`{goal if times is None else 'exit_times'}` is given for a cascade. Times are measured of the exits of a "
+            "single model, and there are none of a cascade's members. Choose by FLOPs: `target_speedup`, over the last "
+            "member or over `reference_flops`."
+        )
     if times is None:
         if goal == "max_latency_ms":
             raise ValueError(
@@ -673,7 +676,7 @@ def _check_times(times: ExitTimes | None, config: CostEffConfig, goal: str, refe
         raise ValueError("Both `exit_times` and `reference_flops` are given. A speed-up counts time or FLOPs.")
 
 
-def _check_records(records: ExitLogits, config: CostEffConfig, goal: str, search: ExitSearch) -> None:
+def _check_records(records: ExitLogits, config: ExitingConfig, goal: str, search: ExitSearch) -> None:
     if not len(records.logits) or (records.labels is None and goal != "max_disagreement"):
         raise ValueError(
             f"`{goal}` needs held-out rows with labels, and there are none. Give labelled rows; only "

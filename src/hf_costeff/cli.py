@@ -21,17 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 for success, 2 for a mistake in the call, 1 for an error on the way.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    listing = "\n".join(f"  {command.name:<12}{command.purpose}" for command in COMMANDS.values())
+    listing = "\n".join(f"  {command.name:<19}{command.purpose}" for command in COMMANDS.values())
     usage = f"usage: hf-costeff <command> [--flags]\n\n{listing}\n\nhf-costeff <command> --help lists its flags."
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(usage + "\n")
         return 0 if words else 2
-    if words[0] not in COMMANDS:
+    taken = 2 if " ".join(words[:2]) in COMMANDS else 1
+    name = " ".join(words[:taken])
+    if name not in COMMANDS:
         sys.stderr.write(f"hf-costeff: unknown command {words[0]!r}\n{usage}\n")
         return 2
-    command = COMMANDS[words[0]]
+    command = COMMANDS[name]
     try:
-        if result := command(words[1:]):
+        if result := command(words[taken:]):
             sys.stdout.write(result + "\n")
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         strict = isinstance(error, StrictDataclassError) and error.__cause__ is not None

@@ -71,6 +71,29 @@ def _shortened(value: Any, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+def problem_type_of(config: PreTrainedConfig) -> str:
+    """A classifier's `problem_type` where it is set; otherwise regression for one label, single-label for several."""
+    if config.problem_type is not None:
+        return config.problem_type
+    return REGRESSION if config.num_labels == 1 else SINGLE_LABEL
+
+
+def check_exit_config(values: dict[str, Any] | None) -> None:
+    """Nothing, if `config.exit_config` holds settings that an [`ExitConfig`] can have, or none.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if values is None:
+        return
+    try:
+        settings = ExitConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`exit_config` is {_shortened(values)}. {error}") from error
+    if not isinstance(settings.calibration, (dict, type(None))):
+        raise ValueError(f"`exit_config` is {_shortened(values)}. Its `calibration` must be a dict.")
+
+
 @strict
 class CostEffConfig(PreTrainedConfig):
     """Configuration of [`CostEffModel`]: a post-LN encoder whose heads, neurons and embedding may be narrow and uneven.
@@ -173,10 +196,8 @@ class CostEffConfig(PreTrainedConfig):
 
     @property
     def resolved_problem_type(self) -> str:
-        """`problem_type` where it is set; otherwise regression for one label and single-label for several."""
-        if self.problem_type is not None:
-            return self.problem_type
-        return "regression" if self.num_labels == 1 else "single_label_classification"
+        """As [`problem_type_of`]."""
+        return problem_type_of(self)
 
     @property
     def longest_text(self) -> int:
@@ -272,14 +293,7 @@ class CostEffConfig(PreTrainedConfig):
 
     def validate_exit_config(self) -> None:
         """Refuse saved exit settings that no `predict` could use."""
-        if self.exit_config is None:
-            return
-        try:
-            settings = ExitConfig.from_dict(self.exit_config)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`exit_config` is {_shortened(self.exit_config)}. {error}") from error
-        if not isinstance(settings.calibration, (dict, type(None))):
-            raise ValueError(f"`exit_config` is {_shortened(self.exit_config)}. Its `calibration` must be a dict.")
+        check_exit_config(self.exit_config)
 
     def validate_packed_layers(self) -> None:
         """Refuse packed layers that the model does not have, or of which more is kept than there is."""

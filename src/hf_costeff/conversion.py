@@ -266,6 +266,22 @@ def _refuse_variants(family: Family, config: PreTrainedConfig) -> None:
         )
 
 
+def longest_text(config: PreTrainedConfig) -> int:
+    """Tokens that a classifier can take, ours or stock; for an unknown family what its config calls positions.
+
+    Example:
+        >>> from transformers import RobertaConfig
+        >>> longest_text(RobertaConfig(max_position_embeddings=514))
+        512
+    """
+    if isinstance(config, CostEffConfig):
+        return config.longest_text
+    try:
+        return convert_config(config).longest_text
+    except ValueError:
+        return config.max_position_embeddings
+
+
 def convert_state_dict(
     stock_base_state_dict: Mapping[str, Tensor], stock_config: PreTrainedConfig
 ) -> dict[str, Tensor]:

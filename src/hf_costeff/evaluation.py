@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .calibration import GOALS, ExitSearch, check_goal, choose_exit_config
+from .cascade_costs import member_flops
 from .checksums import fingerprint
+from .configuration_costeff import problem_type_of
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     count_parameters,
@@ -27,9 +29,11 @@ from .efficiency import (
     stock_flops,
 )
 from .exit_criteria import ExitConfig
+from .exit_quality import difficulty_inversion_score
 from .exit_replay import ExitLogits, ExitReplay, ExitTimes
 from .markdown import markdown_table
-from .metrics import compute_metrics, default_metric
+from .metrics import METRICS, compute_metrics, default_metric
+from .modeling_cascade import CostEffCascade
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, inference
 from .promises import weights_fingerprint
 from .stages import train_keys
@@ -69,25 +73,161 @@ def collect_exit_logits(
     Returns:
         Logits in single precision on the host.
     """
-    lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
-    order = lengths.argsort(descending=True)
-    chunks = order.split(batch_size)
-    gathered = []
+
+    def ask(batch: Mapping[str, Tensor]) -> Tensor:
+        outputs = model(**model_inputs(model, batch))
+        return torch.stack(outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,), dim=1)
+
     with inference(model):
-        for rows in tqdm(chunks, desc=description, disable=not show_progress, leave=False):
-            batch = collator([dataset[row] for row in rows.tolist()])
-            outputs = model(**model_inputs(model, batch))
-            exits = outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,)
-            gathered.append(torch.stack(exits, dim=1).float().cpu())
-    logits = torch.cat(gathered)[order.argsort()]
-    labels = torch.tensor(np.array(dataset["labels"])) if "labels" in dataset.column_names else None
-    return ExitLogits(logits, lengths, labels)
+        logits = _asked(dataset, collator, batch_size, ask, description if show_progress else None)
+    return ExitLogits(logits, _lengths(dataset), _labels(dataset))
+
+
+def _lengths(dataset: Dataset) -> Tensor:
+    return torch.tensor([len(ids) for ids in dataset["input_ids"]])
+
+
+def _labels(dataset: Dataset) -> Tensor | None:
+    return torch.tensor(np.array(dataset["labels"])) if "labels" in dataset.column_names else None
+
+
+def _asked(
+    dataset: Dataset,
+    collator: Collator,
+    batch_size: int,
+    ask: Callable[[Mapping[str, Tensor]], Tensor],
+    description: str | None,
+) -> Tensor:
+    """What `ask` says of batches, longest rows first, in the data set's order; a description shows a progress bar."""
+    order = _lengths(dataset).argsort(descending=True)
+    gathered = []
+    for rows in tqdm(order.split(batch_size), desc=description, disable=description is None, leave=False):
+        gathered.append(ask(collator([dataset[row] for row in rows.tolist()])).float().cpu())
+    return torch.cat(gathered)[order.argsort()]
+
+
+def _one_each(
+    model: PreTrainedModel, dataset: Dataset | Sequence[Dataset], collator: Collator | Sequence[Collator]
+) -> tuple[list[Dataset], list[Collator]]:
+    """A data set and a collator for every member of a cascade, and one of each for a single model."""
+    members = len(model.config.members) if isinstance(model, CostEffCascade) else 1
+    datasets = [dataset] * members if isinstance(dataset, Dataset) else list(dataset)
+    collators = [collator] * members if callable(collator) else list(collator)
+    if not len(datasets) == len(collators) == members or len({len(rows) for rows in datasets}) != 1:
+        models = f"a cascade of {members} members" if isinstance(model, CostEffCascade) else "a single model"
+        raise ValueError(
+            f"There are data sets of {[len(rows) for rows in datasets]} rows and {len(collators)} collators for "
+            f"{models}. Give one for all, or one per member, of the same rows."
+        )
+    return datasets, collators
+
+
+def collect_member_logits(
+    cascade: CostEffCascade,
+    dataset: Dataset | Sequence[Dataset],
+    collator: Collator | Sequence[Collator],
+    *,
+    batch_size: int = 64,
+    description: str = "Evaluating",
+    show_progress: bool = True,
+) -> ExitLogits:
+    """What every member of a cascade says of every row under its own exit settings, and what that costs.
+
+    To calibration the members are what exits are to a single model.
+
+    Args:
+        cascade: The model.
+        dataset: Tokenized rows, or one such data set per member where tokenizers differ, with the same rows.
+        collator: Pads a list of rows to a batch; one, or one per member.
+        batch_size: Rows per forward.
+        description: Shown at the progress bars.
+        show_progress: Whether to show them.
+
+    Returns:
+        Logits of all members, shape (rows, members, labels), in the cascade's order of labels. The lengths are those of
+        the last member.
+
+    Raises:
+        ValueError: Data sets that are not one for all or one per member, of equally many rows.
+    """
+    datasets, collators = _one_each(cascade, dataset, collator)
+    logits, flops = [], []
+    with inference(cascade):
+        for number, (rows, pad) in enumerate(zip(datasets, collators, strict=True), start=1):
+
+            def ask(batch: Mapping[str, Tensor], number: int = number) -> Tensor:
+                inputs = {name: batch[name].to(cascade.device) for name in MODEL_INPUTS if name in batch}
+                said, exit_layer = cascade.ask_member(number, inputs)
+                return torch.cat([said.float(), exit_layer[:, None].float()], dim=1)
+
+            shown = f"{description}, member {number}" if show_progress else None
+            found = _asked(rows, pad, batch_size, ask, shown)
+            logits.append(found[:, :-1])
+            layers = found[:, -1].long()
+            flops.append(member_flops(cascade.config.members[number - 1], layers, _lengths(rows)))
+    last = datasets[-1]
+    return ExitLogits(torch.stack(logits, dim=1), _lengths(last), _labels(last), member_flops=torch.stack(flops, dim=1))
+
+
+@dataclass(frozen=True)
+class ExitReliability:
+    """How good an exit is, and how well its confidence tells right answers from wrong ones.
+
+    Args:
+        member: Member of a cascade, counted from 1; 1 for a single model.
+        layer: 1-based layer of the exit; the depth of a stock member.
+        metric: The task metric if every row were answered here.
+        discrimination: [`difficulty_inversion_score`] of these answers, in 0..1.
+    """
+
+    member: int
+    layer: int
+    metric: float
+    discrimination: float | None
+
+
+def exit_reliability(
+    model: PreTrainedModel,
+    dataset: Dataset | Sequence[Dataset],
+    collator: Collator | Sequence[Collator],
+    *,
+    metric: str | None = None,
+    show_progress: bool = True,
+) -> list[ExitReliability]:
+    """Every exit of every member on labelled rows, smallest member and shallowest exit first.
+
+    Args:
+        model: A cascade, a multi-exit model or a stock classifier.
+        dataset: As for [`collect_member_logits`].
+        collator: As for [`collect_member_logits`].
+        metric: See `hf_costeff.metrics.METRICS`; `None`: the default of the problem type.
+        show_progress: Whether to show progress bars.
+    """
+    is_cascade = isinstance(model, CostEffCascade)
+    members = [model.member(index) for index in range(len(model.members))] if is_cascade else [model]
+    orders = model.config.label_positions if is_cascade else [None]
+    datasets, collators = _one_each(model, dataset, collator)
+    problem_type = problem_type_of(model.config)
+    function = METRICS[problem_type][metric or default_metric(problem_type)]
+    found = []
+    for number, (member, order, rows, pad) in enumerate(
+        zip(members, orders, datasets, collators, strict=True), start=1
+    ):
+        shown = f"Member {number}"
+        records = collect_exit_logits(member, rows, pad, description=shown, show_progress=show_progress)
+        labels = records.known_labels()
+        layers = getattr(member.config, "exit_layers", None) or [member.config.num_hidden_layers]
+        for layer, logits in zip(layers, records.logits.unbind(1), strict=True):
+            said = logits if order is None else logits[:, order]
+            area = difficulty_inversion_score(said, labels, problem_type)
+            found.append(ExitReliability(number, layer, function(said.numpy(), labels), area))
+    return found
 
 
 def calibrate(
-    model: CostEffForSequenceClassification,
-    dataset: Dataset,
-    collator: Collator,
+    model: CostEffForSequenceClassification | CostEffCascade,
+    dataset: Dataset | Sequence[Dataset],
+    collator: Collator | Sequence[Collator],
     *,
     metric: str | None = None,
     max_accuracy_drop: float | None = None,
@@ -109,9 +249,12 @@ def calibrate(
     """Choose exit settings on held-out rows from one goal and store them in the model, for `predict(early_exit=True)`.
 
     Args:
-        model: A multi-exit model; its `config.exit_config` is replaced.
-        dataset: Tokenized rows which no training saw, with `labels`, but for `max_disagreement`.
-        collator: Pads a list of rows to a batch.
+        model: A multi-exit model; its `config.exit_config` is replaced. Or a cascade, whose members stand for exits, in
+            the order of cost, with the exit settings they have of their own: calibrate those first. Losses and
+            speed-ups are against the last member.
+        dataset: Tokenized rows which no training saw, with `labels`, but for `max_disagreement`. For a cascade whose
+            members have tokenizers of their own, one data set per member, of the same rows.
+        collator: Pads a list of rows to a batch; as the data sets one, or one per member.
         metric: What is reported and what `max_metric_drop` limits; `None`: the default of the problem type, or accuracy
             with `max_accuracy_drop`.
         max_accuracy_drop: Goal: points (hundredths) that accuracy may lose against full depth.
@@ -122,7 +265,7 @@ def calibrate(
         max_latency_ms: Goal: milliseconds per text, on average. Needs `exit_times`; has no guarantee.
         reference_flops: What the speed-up is measured against, FLOPs per row; `None`: this model at full depth.
         exit_times: What the exits take on the machine that will serve, from
-            [`hf_costeff.exit_times.measure_exit_times`]. `None`: FLOPs count.
+            [`hf_costeff.exit_times.measure_exit_times`]. `None`: FLOPs count. There are none for a cascade.
         guarantee: Whether the loss must keep to the goal on new rows of the same distribution, with probability
             1 - `delta` over the sample. The promise names the weights; if none can be made, nobody leaves early.
         delta: Largest chance of a broken promise, above 0 and below 1.
@@ -133,7 +276,8 @@ def calibrate(
             chosen by time (`hf-costeff benchmark --choose_exits`), however often was calibrated since; without, chosen
             here too.
         trained_keys: [`row_keys`] of the `input_ids` that the model was trained on; there is a warning if some of the
-            rows are among them. `None`: what a compression run wrote down in the folder the model was loaded from.
+            rows, as the last member of a cascade reads them, are among them. `None`: what the run that made the model
+            wrote down in the folder it was loaded from.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -142,7 +286,7 @@ def calibrate(
     Raises:
         ValueError: As [`hf_costeff.calibration.choose_exit_config`], or for a model without exits.
     """
-    if not isinstance(model, CostEffForSequenceClassification):
+    if not isinstance(model, CostEffForSequenceClassification | CostEffCascade):
         raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
     values = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
     goals: dict[str, Any] = dict(zip(GOALS, values, strict=True))
@@ -150,12 +294,13 @@ def calibrate(
     accuracy = "accuracy" if max_accuracy_drop is not None else None
     metric = metric or accuracy or default_metric(model.config.resolved_problem_type)
     check_goal(model.config, metric, **goals)  # before the model runs over all rows
+    datasets, collators = _one_each(model, dataset, collator)
     by_time = None if checked_exits is not None else _exits_chosen_by_time(model)
     search = ExitSearch(criterion, per_exit, fit_temperatures, by_time if checked_exits is None else checked_exits)
-    trained_rows = _count_trained_rows(model, dataset, trained_keys)
-    records = collect_exit_logits(model, dataset, collator, description="Calibrating", show_progress=show_progress)
+    trained_rows = _count_trained_rows(model, datasets[-1], trained_keys)
+    records = _calibration_records(model, datasets, collators, show_progress)
     if guarantee:
-        records = dataclasses.replace(records, row_keys=row_keys(dataset))
+        records = dataclasses.replace(records, row_keys=row_keys(datasets[-1]))
     settings = choose_exit_config(records, model.config, metric, search=search, **goals)
     assert settings.calibration is not None
     if by_time is not None:
@@ -164,9 +309,32 @@ def calibrate(
         settings.calibration["trained_rows"] = trained_rows
     promise = settings.calibration.get("promise")
     if promise is not None:
-        promise["fingerprint"] = weights_fingerprint(model.costeff)
+        promise["fingerprint"] = weights_fingerprint(model if isinstance(model, CostEffCascade) else model.costeff)
+    if isinstance(model, CostEffCascade):
+        _warn_if_dearer(settings)
     model.config.exit_config = settings.to_dict()
     return settings
+
+
+def _calibration_records(
+    model: CostEffForSequenceClassification | CostEffCascade,
+    datasets: list[Dataset],
+    collators: list[Collator],
+    show_progress: bool,
+) -> ExitLogits:
+    showing: dict[str, Any] = {"description": "Calibrating", "show_progress": show_progress}
+    if isinstance(model, CostEffCascade):
+        return collect_member_logits(model, datasets, collators, **showing)
+    return collect_exit_logits(model, datasets[0], collators[0], **showing)
+
+
+def _warn_if_dearer(settings: ExitConfig) -> None:
+    gain = (settings.calibration or {})["speedup_over_full_depth"]
+    if gain < 1:
+        logger.warning(
+            f"With these settings the cascade takes {1 / gain:.2f} times the FLOPs of its last member alone: members "
+            "before it release too few rows. Allow a larger loss, or take better or cheaper members."
+        )
 
 
 def row_keys(dataset: Dataset, columns: Sequence[str] = ("input_ids", "labels")) -> list[int]:

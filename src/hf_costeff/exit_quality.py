@@ -126,13 +126,39 @@ def exit_qualities(replay: ExitReplay, settings: ExitConfig, metric: str) -> lis
         if replay.problem_type == REGRESSION:
             found.append(ExitQuality(layer, value, shares[exit], [], [], None))
             continue
-        (before, right, _), (after, _, odds) = (
+        (before, right, _), (after, _, _) = (
             _decisions(scaled, labels, replay.problem_type) for scaled in (logits, logits / temperature)
         )
-        area = None if right.all() or not right.any() else float(roc_auc_score(right, odds))
+        area = difficulty_inversion_score(logits / temperature, labels, replay.problem_type)
         bins = [reliability(confidence, right) for confidence in (before, after)]
         found.append(ExitQuality(layer, value, shares[exit], bins[0], bins[1], area))
     return found
+
+
+def difficulty_inversion_score(logits: Tensor, labels: np.ndarray, problem_type: str) -> float | None:
+    """Chance that a right decision is more confident than a wrong one, in 0..1 (CascadeBERT, Li et al. 2021).
+
+    The area under the ROC curve of confidence as a sign of being right, taken on log-odds in double precision: as
+    probabilities very sure decisions would all be 1.
+
+    Args:
+        logits: Of one exit or one member, shape (rows, labels).
+        labels: True labels, shape (rows,) or (rows, labels).
+        problem_type: As upstream's `config.problem_type`.
+
+    Returns:
+        `None` where all decisions are right or all wrong, and for regression.
+
+    Example: of the three pairs of a right and a wrong row, two are in order.
+
+        >>> logits = torch.tensor([[5.0, 0.0], [1.0, 0.0], [9.0, 0.0], [2.0, 0.0]])
+        >>> round(difficulty_inversion_score(logits, np.array([0, 0, 0, 1]), "single_label_classification"), 3)
+        0.667
+    """
+    if problem_type == REGRESSION:
+        return None
+    _, right, odds = _decisions(logits, labels, problem_type)
+    return None if right.all() or not right.any() else float(roc_auc_score(right, odds))
 
 
 def _decisions(logits: Tensor, labels: np.ndarray, problem_type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .configuration_cascade import CostEffCascadeConfig
 from .configuration_costeff import CostEffConfig
 from .efficiency import cumulative_flops, exit_head_flops
 from .exit_criteria import (
@@ -31,6 +32,9 @@ from .exit_criteria import (
 from .exiting_rows import ExitPlan
 from .metrics import CONFUSION_METRICS, METRICS, confusion_matrix
 
+ExitingConfig: TypeAlias = CostEffConfig | CostEffCascadeConfig
+"""Of a model whose rows may leave: at its exits, or at the members of a cascade, which are then meant by exits."""
+
 
 @dataclass(frozen=True)
 class ExitLogits:
@@ -42,12 +46,15 @@ class ExitLogits:
         labels: True labels, shape (rows,) or (rows, labels); `None` if there are none.
         row_keys: A whole number made from each row's content, shape (rows,); needed for a guarantee only, which splits
             the rows by it. `None` if there are none.
+        member_flops: Of a cascade: FLOPs of each row in each member by itself, shape (rows, members). `None` for a
+            single model, whose cost follows from its configuration.
     """
 
     logits: Tensor
     seq_lengths: Tensor
     labels: Tensor | None = None
     row_keys: Sequence[int] | None = None
+    member_flops: Tensor | None = None
 
     def known_labels(self) -> np.ndarray:
         """The labels as an array.
@@ -62,7 +69,8 @@ class ExitLogits:
     def select(self, rows: np.ndarray) -> ExitLogits:
         """Some of the rows, by position, without their keys."""
         labels = None if self.labels is None else self.labels[rows]
-        return ExitLogits(self.logits[rows], self.seq_lengths[rows], labels)
+        flops = None if self.member_flops is None else self.member_flops[rows]
+        return ExitLogits(self.logits[rows], self.seq_lengths[rows], labels, member_flops=flops)
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,7 @@ class ReplayedExits:
 
     @cached_property
     def mean_flops(self) -> float:
-        """FLOPs per row at the rows' own lengths, executed exits counted."""
+        """FLOPs per row at the rows' own lengths, executed exits or members counted."""
         return self.mean_cost(self.replay.flops)
 
     def mean_cost(self, costs: Costs) -> float:
@@ -275,7 +283,7 @@ class ReplayedPath:
 class ExitReplay:
     """Replays any number of exit settings on stored logits; each exit is measured once per criterion."""
 
-    def __init__(self, records: ExitLogits, config: CostEffConfig) -> None:
+    def __init__(self, records: ExitLogits, config: ExitingConfig) -> None:
         """Take the logits of all exits and the configuration of the model they come from."""
         self.records, self.config = records, config
         self.problem_type: str = config.resolved_problem_type
@@ -283,9 +291,9 @@ class ExitReplay:
 
     @cached_property
     def full_depth(self) -> ReplayedExits:
-        """Every row at the last exit, which alone is executed."""
+        """Every row at the last exit or member, which alone is executed."""
         rows, num_exits, _ = self.records.logits.shape
-        return ReplayedExits(self, torch.full((rows,), num_exits - 1), (self.config.num_hidden_layers,))
+        return ReplayedExits(self, torch.full((rows,), num_exits - 1), (self.config.exit_layers[-1],))
 
     def at(self, settings: ExitConfig | None) -> ReplayedExits:
         """Where each row leaves, as [`simulate_exits`] says; `None` is full depth."""
@@ -364,20 +372,29 @@ class ExitReplay:
         return len(self.records.logits)
 
     def flops(self, asked: Sequence[int]) -> np.ndarray:
-        """FLOPs of each row, at its own length, if it left at each exit, shape (rows, exits).
+        """FLOPs of each row, at its own length, if it left at each exit or member, shape (rows, exits).
 
         Args:
             asked: 1-based layers whose exit is evaluated on the way.
         """
-        heads = np.cumsum([*(layer in asked for layer in self.config.exit_layers[:-1]), 0])
-        return self._headless_flops + exit_head_flops(self.config) * heads
+        early = [layer in asked for layer in self.config.exit_layers[:-1]]
+        if self.records.member_flops is not None:
+            return (self.records.member_flops.numpy() * [*early, True]).cumsum(1)
+        headless, head = self._single_model_flops
+        return headless + head * np.cumsum([*early, 0])
 
     @cached_property
-    def _headless_flops(self) -> np.ndarray:
-        """As [`flops`], the last head alone asked: a quadratic in the length, known from its values at 1, 2 and 3."""
-        exits, lengths = np.array(self.config.exit_layers) - 1, self.records.seq_lengths.numpy()[:, None]
-        one, two, three = (np.array(cumulative_flops(self.config, length, ()))[exits] for length in (1, 2, 3))
-        return one + (lengths - 1) * (two - one) + (lengths - 1) * (lengths - 2) // 2 * (three - 2 * two + one)
+    def _single_model_flops(self) -> tuple[np.ndarray, int]:
+        """As [`flops`], the last head alone asked, and what one head more takes.
+
+        The first is a quadratic in the length, known from its values at 1, 2 and 3.
+        """
+        config, lengths = self.config, self.records.seq_lengths.numpy()[:, None]
+        assert isinstance(config, CostEffConfig)  # the records of a cascade know what its members cost
+        exits = np.array(config.exit_layers) - 1
+        one, two, three = (np.array(cumulative_flops(config, length, ()))[exits] for length in (1, 2, 3))
+        headless = one + (lengths - 1) * (two - one) + (lengths - 1) * (lengths - 2) // 2 * (three - 2 * two + one)
+        return headless, exit_head_flops(config)
 
     def outcome(self, settings: ExitConfig | None, metric: str) -> ExitOutcome:
         """Metric and cost together."""
@@ -413,7 +430,7 @@ class ExitReplay:
         return (~same_answers(self.answers, self.answers[:, -1:], self.problem_type)).numpy()
 
 
-def stored_settings(config: CostEffConfig) -> ExitConfig:
+def stored_settings(config: ExitingConfig) -> ExitConfig:
     """The exit settings that a model was saved with.
 
     Raises:

@@ -30,15 +30,17 @@ TOKENIZER_FILES = (
     *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.jinja", "*.spm", "spiece.model", "sentencepiece*.model"),
 )
+TOKENIZER_FOLDER = "tokenizer_"
+"""What the subfolders are called in which the members of a cascade keep tokenizers of their own, before a number."""
 WEIGHT_FILES = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 MODEL_FILES = (CONFIG, *WEIGHT_FILES, *TOKENIZER_FILES, *REPORT_FILES)
+MODEL_TYPES = ("costeff", "costeff_cascade")
 
 TAGS = ("costeff", "early-exit", "custom_code")
 MARKER = "<!-- written by hf_costeff; remove this line to keep your changes -->"
 PLAIN_CARD = """# {repo_id}
 
-An encoder classifier of {layers} layers with exits after layers {exits} (model type `costeff`). No measurements were
-saved with these weights.
+{what} (model type `{model_type}`). No measurements were saved with these weights.
 
 ```python
 import hf_costeff
@@ -108,10 +110,16 @@ def push_folder(
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
-                allow_patterns=travelling,
+                allow_patterns=[*travelling, *(f"{TOKENIZER_FOLDER}*/{name}" for name in TOKENIZER_FILES)],
                 delete_patterns=stale,
-                ignore_patterns=["*/*"],  # stages, checkpoints and whatever else lies in folders below
+                ignore_patterns=_folders_that_stay(folder),
             )
+
+
+def _folders_that_stay(folder: str | Path) -> list[str]:
+    """Patterns of stages, checkpoints and whatever else lies in folders below."""
+    below = (path.name for path in Path(folder).iterdir() if path.is_dir())
+    return [f"{name}/*" for name in below if not name.startswith(TOKENIZER_FOLDER)] + [f"{TOKENIZER_FOLDER}*/*/*"]
 
 
 @contextmanager
@@ -146,10 +154,10 @@ def check_model_folder(folder: str | Path) -> None:
             "compression run, or a folder that save_pretrained wrote."
         )
     found = read_json(path / CONFIG).get("model_type")
-    if found != "costeff":
+    if found not in MODEL_TYPES:
         raise ValueError(
-            f"{folder} holds a model of type {found!r}, not 'costeff'. Compress it first, or push it with its own "
-            "push_to_hub."
+            f"{folder} holds a model of type {found!r}, not {' or '.join(map(repr, MODEL_TYPES))}. Compress it first, "
+            "or push it with its own push_to_hub."
         )
 
 
@@ -285,7 +293,14 @@ def card_on_the_hub(repo_id: str, token: str | bool | None, revision: str | None
 
 def plain_card(repo_id: str, folder: str | Path) -> ModelCard:
     """A card for a model without measurements: what it is and how to load it."""
-    layers = read_json(Path(folder) / CONFIG)["exit_layers"]
+    config = read_json(Path(folder) / CONFIG)
+    if "members" in config:
+        types = ", ".join(member["model_type"] for member in config["members"])
+        what = f"A cascade of {len(config['members'])} classifiers, smallest first: {types}"
+    else:
+        layers = config["exit_layers"]
+        exits = ", ".join(map(str, layers))
+        what = f"An encoder classifier of {layers[-1]} layers with exits after layers {exits}"
     data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=list(TAGS))
-    text = PLAIN_CARD.format(repo_id=repo_id, layers=layers[-1], exits=", ".join(map(str, layers)))
+    text = PLAIN_CARD.format(repo_id=repo_id, what=what, model_type=config["model_type"])
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n{MARKER}\n")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .exit_criteria import MULTI_LABEL, REGRESSION
+from .exit_criteria import MULTI_LABEL, REGRESSION, answer_confidence, probabilities
 
 
 def task_loss(
@@ -115,6 +115,46 @@ def representation_loss(
     for student, teacher in zip(hidden_states, teacher_hidden_states, strict=True):
         squared = (student.float() - teacher.float()).square().sum(dim=-1)
         total = total + (squared * token_weights).sum()
+    return total
+
+
+def difficulty_loss(exit_logits: Sequence[Tensor], hard: Tensor, problem_type: str, margin: float = 0.5) -> Tensor:
+    """How far confidence on easy rows is from being `margin` above that on hard rows, summed over exits.
+
+    The difficulty-aware regularisation of CascadeBERT (Li et al. 2021, section 3.3): each easy row of the batch is
+    paired with one of its hard rows, drawn with replacement, the same pairs at every exit, and an exit's part is the
+    mean over easy rows of max(0, margin - (confidence of the easy row - confidence of the hard one)). The confidence is
+    that of the answer, right or wrong, and both rows get gradients.
+
+    Args:
+        exit_logits: Raw logits of each exit, shape (batch, labels).
+        hard: True (or 1) for hard rows, shape (batch,).
+        problem_type: As upstream's `config.problem_type`.
+        margin: At least 0; from 1 - 1 / classes on no pair ever has enough.
+
+    Returns:
+        A scalar; 0 where the batch has no hard row or no easy one.
+
+    Raises:
+        ValueError: For regression, where nothing is sure or unsure.
+
+    Example: an easy row at 0.5 and a hard one at 0.75 lack 0.5 + 0.25.
+
+        >>> logits = torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log()
+        >>> difficulty_loss([logits], torch.tensor([False, True]), "single_label_classification")
+        tensor(0.7500)
+    """
+    total = exit_logits[0].new_zeros((), dtype=torch.float32)
+    easy, difficult = (hard == 0).nonzero().flatten(), (hard != 0).nonzero().flatten()
+    if not len(easy) or not len(difficult):
+        return total
+    partners = difficult[torch.randint(len(difficult), (len(easy),), device=difficult.device)]
+    for logits in exit_logits:
+        confidence = answer_confidence(probabilities(logits.float(), problem_type), problem_type)
+        if confidence is None:
+            raise ValueError("A regression model has no confidence, so nothing can be learned from difficulty.")
+        surer = torch.ones_like(confidence[easy])
+        total = total + functional.margin_ranking_loss(confidence[easy], confidence[partners], surer, margin)
     return total
 
 

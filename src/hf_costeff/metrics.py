@@ -197,6 +197,15 @@ def compute_metrics(logits: np.ndarray, labels: np.ndarray, problem_type: str) -
     return {name: function(logits, labels) for name, function in functions.items()}
 
 
+def worse_by(before: float, after: float, metric: str) -> float:
+    """How much of a metric was lost, positive if it is worse than before, also where less is better.
+
+    >>> worse_by(0.5, 0.75, "mse"), worse_by(0.5, 0.75, "accuracy")
+    (0.25, -0.25)
+    """
+    return after - before if metric in LOWER_IS_BETTER else before - after
+
+
 def paired_bootstrap(
     metric_fn: MetricFunction,
     logits_a: np.ndarray,

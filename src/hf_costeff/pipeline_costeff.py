@@ -16,6 +16,8 @@ PIPELINE_TASK = "costeff-classification"
 class CostEffClassificationPipeline(TextClassificationPipeline):
     """Text classification through `predict`: every answer also says after which layer it left, as `exit_layer`.
 
+    Of a cascade it says by which member too, as `exit_model`, if the members share a tokenizer.
+
     Takes what `pipeline("text-classification")` takes, pairs, `top_k` and `function_to_apply` included, and
     `early_exit`, when it is made or called; what that means is said at `predict`. Scores are `predict`'s probabilities,
     after the exit's temperature; a `function_to_apply` is applied to the raw logits.
@@ -37,10 +39,10 @@ class CostEffClassificationPipeline(TextClassificationPipeline):
         function_to_apply: ClassificationFunction | None = None,
         **settings: Any,
     ) -> Any:
-        """A dict of label, score and exit layer, or with `top_k` a list of them, best first."""
+        """A dict of label, score and place of exit, or with `top_k` a list of them, best first."""
         if function_to_apply is None:
             model_outputs = {**model_outputs, "logits": model_outputs["probabilities"]}
             function_to_apply = ClassificationFunction.NONE
         answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, **settings)
-        exit_layer = {"exit_layer": int(model_outputs["exit_layer"][0])}
-        return {**answers, **exit_layer} if isinstance(answers, dict) else [{**row, **exit_layer} for row in answers]
+        left = {name: int(model_outputs[name][0]) for name in ("exit_model", "exit_layer") if name in model_outputs}
+        return {**answers, **left} if isinstance(answers, dict) else [{**row, **left} for row in answers]

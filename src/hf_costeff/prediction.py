@@ -20,9 +20,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .columns import find_columns
+from .conversion import longest_text
 from .data import encode_texts, make_collator, resolve_max_length
 from .exit_criteria import ExitConfig
 from .exiting_rows import ExitPlan, LeavingRows, RunningRows
+from .modeling_cascade import CostEffCascade, CostEffCascadePrediction, run_cascade
 from .modeling_costeff import (
     MODEL_INPUTS,
     CostEffForSequenceClassification,
@@ -41,8 +43,8 @@ LARGE_BLOCK = 31 << 20
 
 
 def predict_texts(
-    model: CostEffForSequenceClassification,
-    tokenizer: PreTrainedTokenizerBase,
+    model: CostEffForSequenceClassification | CostEffCascade,
+    tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase],
     rows: Iterable[Any],
     *,
     early_exit: bool | float | ExitConfig | None = None,
@@ -58,8 +60,8 @@ def predict_texts(
     A row's answer is that of `predict`, whatever its neighbours. Memory depends on `window`, not on the number of rows.
 
     Args:
-        model: A multi-exit classifier; it runs where it is.
-        tokenizer: Its tokenizer.
+        model: A multi-exit classifier, or a cascade; it runs where it is.
+        tokenizer: Its tokenizer; of a cascade whose members have their own, one per member.
         rows: A list, a `datasets.Dataset`, a generator, ...: of strings, of pairs of strings, or of dicts.
         early_exit: As for `predict`.
         top_k: How many labels to name, best first; more than there are means all. `None` names the best alone.
@@ -72,8 +74,9 @@ def predict_texts(
 
     Returns:
         An iterator of dicts, with `label`, `score` (its probability, after the exit's temperature; for regression the
-        value) and `exit_layer` (how many layers the row ran, from 1). With `top_k` there are `labels` and `scores`, two
-        lists, instead of the first two.
+        value) and `exit_layer` (how many layers the row ran, from 1), of a cascade also `exit_model` (the member that
+        answered, from 1; the layer is the one within it). With `top_k` there are `labels` and `scores`, two lists,
+        instead of the first two.
 
     Raises:
         ValueError: For an argument out of range, at once. Later, after every row before it was answered, for a row
@@ -90,10 +93,15 @@ def predict_texts(
         raise TypeError(
             f"`rows` is a {type(rows).__name__}. Pass texts in a list, one split of a dataset, a generator."
         )
+    keep_freed_memory()
+    if isinstance(model, CostEffCascade):
+        readers = _member_readers(model, tokenizer, text_columns, max_length, batch_size)
+        return _cascade_answers(model, readers, model.exit_plan(early_exit), rows, top_k, window, show_progress)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`tokenizer` is a {type(tokenizer).__name__}. A single model has a single tokenizer.")
     max_length = resolve_max_length(tokenizer, max_length, model.config.longest_text)
     reader = TextReader(tokenizer, text_columns, max_length, batch_size)
     plan = model.costeff.exit_plan(early_exit)
-    keep_freed_memory()
     return _answers(model, reader, plan, rows, top_k, window, show_progress)
 
 
@@ -119,14 +127,85 @@ def _answers(
             yield from _named(prediction, model.config.id2label, top_k)
 
 
+def _member_readers(
+    cascade: CostEffCascade,
+    tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase],
+    text_columns: Sequence[str] | None,
+    max_length: int | None,
+    batch_size: int,
+) -> list[TextReader]:
+    """One reader per member; with a tokenizer of all, it cuts texts to what the shortest of them takes."""
+    longest = [longest_text(member) for member in cascade.config.members]
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizers, longest = [tokenizer] * len(longest), [min(longest)] * len(longest)
+    else:
+        tokenizers = list(tokenizer)
+    expected = 1 if cascade.config.member_tokenizers is None else len(longest)
+    if len(tokenizers) != len(longest) or (isinstance(tokenizer, PreTrainedTokenizerBase) and expected > 1):
+        raise ValueError(
+            f"The cascade has {expected} tokenizer{'s' * (expected > 1)} for {len(longest)} members. Pass "
+            f"{'one per member, in their order' if expected > 1 else 'that one'}, as load_cascade returns it."
+        )
+    return [
+        TextReader(reads, text_columns, resolve_max_length(reads, max_length, positions), batch_size)
+        for reads, positions in zip(tokenizers, longest, strict=True)
+    ]
+
+
+def _cascade_answers(
+    cascade: CostEffCascade,
+    readers: list[TextReader],
+    plan: ExitPlan,
+    rows: Iterable[Any],
+    top_k: int | None,
+    window: int,
+    show_progress: bool,
+) -> Iterator[dict[str, Any]]:
+    total, count = len(rows) if isinstance(rows, Sized) else None, 0
+    with tqdm(desc="Predicting", total=total, unit=" rows", disable=not show_progress) as bar:
+        for texts in chunked(readers[0].texts(rows), window):
+            prediction = answer_texts(cascade, readers, plan, texts)
+            count += len(texts)
+            bar.update(len(texts))
+            yield from _named(prediction, cascade.config.id2label, top_k)
+    max(readers, key=lambda reader: reader.cut_rows).warn_of_cuts(count)
+
+
+def answer_texts(
+    cascade: CostEffCascade, readers: Sequence[TextReader], plan: ExitPlan, texts: Sequence[Text]
+) -> CostEffCascadePrediction:
+    """What a cascade says of texts: each member reads, with its own tokenizer, what those before it left over.
+
+    Args:
+        cascade: Runs where it is.
+        readers: One per member.
+        plan: From `cascade.exit_plan`.
+        texts: At least one.
+    """
+
+    def ask(member: int, rows: list[int]) -> tuple[Tensor, Tensor]:
+        numbers, logits, layers = [], [], []
+        for positions, inputs in readers[member - 1].batches([texts[row] for row in rows]):
+            on_device = {name: tensor.to(cascade.device) for name, tensor in inputs.items()}
+            found, exit_layer = cascade.ask_member(member, on_device, full_depth=plan.criterion is None)
+            numbers += positions
+            logits.append(found)
+            layers.append(exit_layer)
+        order = torch.tensor(numbers).argsort().to(cascade.device)
+        return torch.cat(logits)[order], torch.cat(layers)[order]
+
+    with inference(cascade):
+        return run_cascade(plan, len(cascade.members), len(texts), ask)
+
+
 def _named(prediction: CostEffPrediction, names: dict[int, str], top_k: int | None) -> Iterator[dict[str, Any]]:
     chances = prediction["probabilities"].float()
     best = chances.topk(min(top_k or 1, chances.shape[-1]), dim=-1)
-    answers = (best.values.tolist(), best.indices.tolist(), prediction["exit_layer"].tolist())
-    for scores, labels, exit_layer in zip(*answers, strict=True):
+    where = {name: prediction[name].tolist() for name in ("exit_model", "exit_layer") if name in prediction}
+    for row, (scores, labels) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
         found = [names[label] for label in labels]
         named = {"label": found[0], "score": scores[0]} if top_k is None else {"labels": found, "scores": scores}
-        yield {**named, "exit_layer": exit_layer}
+        yield {**named, **{name: numbers[row] for name, numbers in where.items()}}
 
 
 class WaitingRows:
@@ -218,13 +297,18 @@ class TextReader:
             ValueError: For a row that is no text or cannot be read, after the window of the rows before it.
         """
         start = 0
-        for window in chunked(self._texts(rows), size):
-            yield self._batches(window, start)
+        for window in chunked(self.texts(rows), size):
+            yield self.batches(window, start)
             start += len(window)
-        if self.cut_rows:
-            logger.warning("%d of %d rows had more than %d tokens and were cut.", self.cut_rows, start, self.max_length)
+        self.warn_of_cuts(start)
 
-    def _batches(self, window: list[Text], start: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    def warn_of_cuts(self, rows: int) -> None:
+        """Say how many of these rows were cut, if any was."""
+        if self.cut_rows:
+            logger.warning("%d of %d rows had more than %d tokens and were cut.", self.cut_rows, rows, self.max_length)
+
+    def batches(self, window: Sequence[Text], start: int = 0) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Batches of these texts, longest first: numbers of the rows, from `start`, and tensors, shape (batch, seq)."""
         encoded, cut = encode_texts(self.tokenizer, list(zip(*window, strict=True)), self.max_length)
         self.cut_rows += cut
         names = [name for name in MODEL_INPUTS if name in encoded]
@@ -239,7 +323,7 @@ class TextReader:
                 {name: padded([encoded[name][row] for row in chosen], self.padding[name]) for name in names},
             )
 
-    def _texts(self, rows: Iterable[Any]) -> Iterator[Text]:
+    def texts(self, rows: Iterable[Any]) -> Iterator[Text]:
         """The text or pair of every row; whatever is wrong is a ValueError that names the row."""
         if isinstance(rows, Dataset):  # other columns need not be decoded
             self.text_columns = find_columns(rows, self.text_columns).text

@@ -23,10 +23,11 @@ from .augmentation import replace_tokens
 from .block_training import Regularizer
 from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig
+from .difficulty import HARD, check_hard_rows
 from .efficiency import count_parameters
 from .exit_criteria import MULTI_LABEL, REGRESSION
 from .hub import CARD, is_written_by_hand, push_folder
-from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
+from .losses import difficulty_loss, representation_loss, soft_label_loss, task_loss, weighted_sum
 from .metrics import compute_metrics as default_metrics
 from .model_card import TrainingCard, describe_losses
 from .modeling_costeff import CostEffForSequenceClassification
@@ -173,9 +174,9 @@ class CostEffTrainer(ResumableTrainer):
     """Trains all exits at once, on true labels, a teacher's soft labels and a teacher's hidden states.
 
     The teacher is a plain attribute: frozen, in evaluation mode, never in a checkpoint. With one, rows need no labels.
-    Every loss part (`task_loss`, `soft_label_loss`, `representation_loss`) is logged by name, and every
-    exit's metrics as `eval_exit_<layer>_<metric>`, with `eval_mean_exit_<metric>` over all exits (COST-EFF's criterion
-    for the checkpoint to keep) and `eval_<metric>` for the last.
+    Every loss part (`task_loss`, `soft_label_loss`, `representation_loss`, `difficulty_loss`) is logged by name, and
+    every exit's metrics as `eval_exit_<layer>_<metric>`, with `eval_mean_exit_<metric>` over all exits (COST-EFF's
+    criterion for the checkpoint to keep) and `eval_<metric>` for the last.
 
     Checkpoints carry checksums: `train(resume_from_checkpoint=True)` takes the newest one that is whole.
 
@@ -196,6 +197,7 @@ class CostEffTrainer(ResumableTrainer):
     """
 
     loss_is_scaled_for_ga = False  # every part is a mean over its batch
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -236,6 +238,9 @@ class CostEffTrainer(ResumableTrainer):
         )
         if args.token_replacement_rate:
             self._check_token_replacement()
+        if args.difficulty_weight:
+            check_hard_rows(self.train_dataset, config.resolved_problem_type)
+            self.loss_weights["difficulty_loss"] = args.difficulty_weight
         self.regularizer = regularizer or Regularizer()
         self.add_callback(self.regularizer)
         self._logged_parts: dict[str, Tensor] = {}
@@ -332,6 +337,10 @@ class CostEffTrainer(ResumableTrainer):
             },
         ).render()
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*(self._signature_columns or ()), HARD])]
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -340,13 +349,17 @@ class CostEffTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of the loss parts, and the model's outputs if asked for."""
-        labels = inputs.pop("labels", None)
+        labels, hard = inputs.pop("labels", None), inputs.pop(HARD, None)
         if model.training and self.args.token_replacement_rate:
             special_ids = self.processing_class.all_special_ids
             inputs["input_ids"] = replace_tokens(inputs["input_ids"], special_ids, self.args.token_replacement_rate)
         wants_states = self.loss_weights.get("representation_loss", 0) > 0
         outputs = model(**inputs, output_hidden_states=wants_states)
         parts = self._loss_parts(outputs, inputs, labels, wants_states)
+        if hard is not None and self.args.difficulty_weight:
+            problem_type = self.model.config.resolved_problem_type
+            margin = self.args.difficulty_margin
+            parts["difficulty_loss"] = difficulty_loss(outputs.exit_logits, hard, problem_type, margin)
         if model.training:
             self._record(parts)
         loss = weighted_sum(parts, self._weights_now(parts))

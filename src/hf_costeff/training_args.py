@@ -23,9 +23,12 @@ class CostEffTrainingArguments(TrainingArguments):
             text, so it needs a teacher, the tokenizer as `processing_class`, and no weight on the true labels.
         class_weights: Weight of each class in the task loss, one per label (with several labels per text, of each
             label's positive rows); `None` weighs all alike. Not for regression.
+        difficulty_weight: Weight of the difficulty-aware regularisation at all exits (see
+            [`hf_costeff.losses.difficulty_loss`]), which needs a column `hard` in the training rows.
+        difficulty_margin: By how much confidence on an easy row shall be above that on a hard one, in 0..1.
 
     Raises:
-        ValueError: For a weight below 0, a ratio or rate outside 0..1 or a temperature that is not above 0.
+        ValueError: For a weight below 0, a ratio, rate or margin outside 0..1 or a temperature that is not above 0.
     """
 
     task_weight: float | None = field(default=None, metadata={"help": "Weight of the true labels at all exits."})
@@ -39,14 +42,18 @@ class CostEffTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Probability that a token of a training text is replaced."}
     )
     class_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each class, task loss only."})
+    difficulty_weight: float = field(default=0.0, metadata={"help": "Weight of the difficulty-aware regularisation."})
+    difficulty_margin: float = field(
+        default=0.5, metadata={"help": "Margin of the confidence on easy rows over that on hard ones."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("task_weight", "soft_label_weight", "representation_weight"):
+        for name in ("task_weight", "soft_label_weight", "representation_weight", "difficulty_weight"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"`{name}` is {value}. A loss weight must be 0 or more.")
-        for name in ("representation_only_ratio", "token_replacement_rate"):
+        for name in ("representation_only_ratio", "token_replacement_rate", "difficulty_margin"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"`{name}` is {value}. It must lie in 0..1.")

@@ -3,6 +3,7 @@
 from .benchmark import BENCHMARK
 from .block_prune import BLOCK_PRUNE
 from .calibrate import CALIBRATE
+from .cascade import CASCADE_CALIBRATE, CASCADE_PREDICT, CASCADE_TRAIN
 from .command import Command
 from .compress import COMPRESS
 from .export import EXPORT
@@ -11,7 +12,11 @@ from .push import PUSH
 from .report import REPORT
 
 COMMANDS: dict[str, Command] = {
-    command.name: command for command in (COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH, BLOCK_PRUNE)
+    command.name: command
+    for command in (
+        *(COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH, BLOCK_PRUNE),
+        *(CASCADE_TRAIN, CASCADE_CALIBRATE, CASCADE_PREDICT),
+    )
 }
 
 __all__ = ["COMMANDS", "Command"]

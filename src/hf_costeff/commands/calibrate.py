@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..calibration import GOALS, check_guarantee, describe_seen, one_goal
+from ..calibration import check_guarantee, describe_seen, one_goal
 from ..data import SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from ..exit_criteria import CRITERIA, ExitConfig
@@ -16,8 +16,8 @@ from .command import Command, load_slim, save_settings, writable_folder
 
 
 @dataclass
-class CalibrationArguments:
-    """What the command is asked for: a model, and exactly one goal."""
+class SettingsArguments:
+    """What exit settings are chosen for, of a model or a cascade: exactly one goal, and which settings are tried."""
 
     model: str = field(metadata={"help": "A multi-exit model: a local folder, or a Hub id with --output_dir."})
     split: str | None = field(
@@ -33,22 +33,8 @@ class CalibrationArguments:
         metadata={"help": "Goal: share of the rows, in points, that may answer otherwise than full depth."},
     )
     target_speedup: float | None = field(
-        default=None, metadata={"help": "Goal: FLOPs ratio to this model's full depth; with --measured, time ratio."}
+        default=None, metadata={"help": "Goal: FLOPs ratio to this model's full depth."}
     )
-    max_latency_ms: float | None = field(
-        default=None, metadata={"help": "Goal: milliseconds per text on average, measured on this machine."}
-    )
-    measured: bool = field(
-        default=False,
-        metadata={
-            "help": "Measure what each exit takes on this machine. --target_speedup counts time then, and within a "
-            "largest loss the fastest settings are taken."
-        },
-    )
-    batch_size: int | None = field(
-        default=None, metadata={"help": "Texts that run together when times are measured. Default: 1."}
-    )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads when times are measured. Default: 1."})
     metric: str | None = field(default=None, metadata={"help": "For --max_metric_drop. Default: by problem type."})
     guarantee: bool = field(
         default=False,
@@ -73,16 +59,45 @@ class CalibrationArguments:
 
     def __post_init__(self) -> None:
         goal, limit = one_goal(self.goals)
-        idle = [f"`{name}`" for name in ("batch_size", "threads") if getattr(self, name) is not None]
-        if idle and not self.timed:
-            raise ValueError(f"{' and '.join(idle)} set how times are measured, and none are. Add `measured`.")
         if self.guarantee:
             check_guarantee(goal, limit, self.delta)
 
     @property
     def goals(self) -> dict[str, Any]:
         """All goals, of which one is given."""
-        return {name: getattr(self, name) for name in GOALS}
+        names = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", "target_speedup")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class CalibrationArguments(SettingsArguments):
+    """What the command is asked for: a model, and exactly one goal, which may be a time."""
+
+    max_latency_ms: float | None = field(
+        default=None, metadata={"help": "Goal: milliseconds per text on average, measured on this machine."}
+    )
+    measured: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure what each exit takes on this machine. --target_speedup counts time then, and within a "
+            "largest loss the fastest settings are taken."
+        },
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Texts that run together when times are measured. Default: 1."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads when times are measured. Default: 1."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        idle = [f"`{name}`" for name in ("batch_size", "threads") if getattr(self, name) is not None]
+        if idle and not self.timed:
+            raise ValueError(f"{' and '.join(idle)} set how times are measured, and none are. Add `measured`.")
+
+    @property
+    def goals(self) -> dict[str, Any]:
+        """All goals, of which one is given."""
+        return {**super().goals, "max_latency_ms": self.max_latency_ms}
 
     @property
     def timed(self) -> bool:
@@ -135,12 +150,13 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
     save_settings(model, tokenizer, wanted.model, folder)
     seen = settings.calibration or {}
     return (
-        f"Saved in {folder}: {settings.criterion} criterion with {_limit(settings)}. {describe_seen(seen)}"
-        f"{_promise(seen)}"
+        f"Saved in {folder}: {settings.criterion} criterion with {describe_limit(settings)}. {describe_seen(seen)}"
+        f"{describe_what_holds(seen)}"
     )
 
 
-def _limit(settings: ExitConfig) -> str:
+def describe_limit(settings: ExitConfig) -> str:
+    """Thresholds or patience of exit settings, and the exits they check."""
     limits = {"threshold": settings.threshold, "patience": settings.patience, "tolerance": settings.tolerance}
     parts = [f"{name} {_numbers(value)}" for name, value in limits.items() if value is not None]
     if settings.checked_exits is not None:
@@ -154,7 +170,8 @@ def _numbers(value: float | Sequence[float]) -> str:
     return f"{', '.join(f'{number:g}' for number in value)} (one per exit)"
 
 
-def _promise(seen: dict[str, Any]) -> str:
+def describe_what_holds(seen: dict[str, Any]) -> str:
+    """What a calibration promised, or why it promised nothing; empty if it was not asked to."""
     if reason := seen.get("no_promise"):
         return f" Nobody leaves early, because nothing can be promised. {reason}"
     return f" {describe_promise(seen['promise'])}" if "promise" in seen else ""

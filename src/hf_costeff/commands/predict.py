@@ -18,6 +18,7 @@ from pyarrow.csv import CSVWriter
 from pyarrow.parquet import ParquetWriter
 
 from ..data import FILE_READERS, SplitArguments, open_dataset
+from ..modeling_cascade import CostEffCascade
 from ..prediction import chunked, predict_texts
 from .command import Command, load_slim
 
@@ -95,8 +96,19 @@ class PredictionArguments:
 
 def run(wanted: PredictionArguments) -> str:
     """Answer every row and write the answers as they come; returns what to print."""
+    return answer_all(wanted, load_slim)
+
+
+def answer_all(wanted: PredictionArguments, load: Callable[[str], tuple[Any, Any]]) -> str:
+    """Answer every row with the model that `load` makes of its name, and say what was done.
+
+    Args:
+        wanted: Texts and settings.
+        load: Name -> model and tokenizer, as `predict_texts` takes them.
+    """
     rows = read_lines(_standard_input()) if wanted.file is None else read_file(wanted.file)
-    model, tokenizer = load_slim(wanted.model)
+    model, tokenizer = load(wanted.model)
+    is_cascade = isinstance(model, CostEffCascade)
     try:
         model.to(wanted.device)
     except (RuntimeError, AssertionError) as error:  # torch has no one error for a device that is not there
@@ -117,16 +129,17 @@ def run(wanted: PredictionArguments) -> str:
         if not last:
             logger.warning("Nothing to answer: there are no rows in %s.", wanted.file or "the standard input")
         return last
-    done, layers = 0, 0
-    with WRITERS[Path(wanted.output).suffix.lower()](wanted.output, schema(wanted.top_k)) as write:
+    done, depths, unit = 0, 0, "exit_model" if is_cascade else "exit_layer"
+    with WRITERS[Path(wanted.output).suffix.lower()](wanted.output, schema(wanted.top_k, is_cascade)) as write:
         try:
             for chunk in chunked(answers, CHUNK):
                 write(chunk)
-                done, layers = done + len(chunk), layers + sum(answer["exit_layer"] for answer in chunk)
+                done, depths = done + len(chunk), depths + sum(answer[unit] for answer in chunk)
         except ValueError as error:
             raise ValueError(f"{error} {done} answers are in {wanted.output}.") from error
-    depth = model.config.num_hidden_layers
-    return f"{done} answers are in {wanted.output}. Mean exit layer: {layers / max(1, done):.2f} of {depth}."
+    most = len(model.members) if is_cascade else model.config.num_hidden_layers
+    named = unit.replace("_", " ")
+    return f"{done} answers are in {wanted.output}. Mean {named}: {depths / max(1, done):.2f} of {most}."
 
 
 def read_file(path: str) -> Iterable[Any]:
@@ -188,12 +201,12 @@ def _json_line(answer: dict[str, Any]) -> str:
     return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
-def schema(top_k: int | None) -> pa.Schema:
+def schema(top_k: int | None, is_cascade: bool = False) -> pa.Schema:
     """Names and types of the columns of a table of answers; with `top_k`, labels and scores are lists."""
-    exit_layer = ("exit_layer", pa.int32())
+    where = [(name, pa.int32()) for name in ("exit_model",) * is_cascade + ("exit_layer",)]
     if top_k is None:
-        return pa.schema([("label", pa.string()), ("score", pa.float64()), exit_layer])
-    return pa.schema([("labels", pa.list_(pa.string())), ("scores", pa.list_(pa.float64())), exit_layer])
+        return pa.schema([("label", pa.string()), ("score", pa.float64()), *where])
+    return pa.schema([("labels", pa.list_(pa.string())), ("scores", pa.list_(pa.float64())), *where])
 
 
 @contextmanager
