@@ -151,6 +151,7 @@ def difficulty_inversion_score(logits: Tensor, labels: np.ndarray, problem_type:
 
     Example: of the three pairs of a right and a wrong row, two are in order.
 
+        >>> import torch
         >>> logits = torch.tensor([[5.0, 0.0], [1.0, 0.0], [9.0, 0.0], [2.0, 0.0]])
         >>> round(difficulty_inversion_score(logits, np.array([0, 0, 0, 1]), "single_label_classification"), 3)
         0.667
