@@ -13,19 +13,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from .block_pruning import EMBEDDINGS, BlockMasks, BlockShape, prune_blocks, zero_blocks
 from .block_training import BlockPenalty, MaskedTraining, Regularizer
+from .checkpoints import load_classifier, load_tokenizer
 from .checksums import fingerprint, fingerprint_of
-from .compression import load_config
 from .conversion import convert_from_stock
 from .data import DataArguments, make_collator, prepare_data
-from .distillation import bf16_pays, prepared, training_arguments
+from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
 from .efficiency import count_parameters, measure_alternating
 from .evaluation import collect_exit_logits
 from .mask_files import load_masks, save_masks
@@ -171,7 +171,7 @@ class BlockPruning:
             torch.manual_seed(arguments.seed)
             self.start = convert_from_stock(self.given, exit_layers=[self.given.config.num_hidden_layers])
         self._prune(self.start)
-        self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        self.tokenizer = load_tokenizer(arguments.model)
         self.data = prepare_data(
             data,
             self.tokenizer,
@@ -209,19 +209,12 @@ class BlockPruning:
         }
 
     def _load(self, name: str) -> PreTrainedModel:
-        load_config(name)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(
-                f"{name} has no classification head (missing: {', '.join(sorted(report['missing_keys']))}). Name a "
-                "fine-tuned classifier."
-            )
-        return prepared(model, self.device, self.bf16)
+        return prepared(load_classifier(name, dtype=torch.float32), self.device, self.bf16)
 
     def _finished(self, stage: str) -> CostEffForSequenceClassification:
-        return self._load(str(self.store.files(stage)))  # type: ignore[return-value]
+        files = self.store.files(stage)
+        model = CostEffForSequenceClassification.from_pretrained(files, dtype=torch.float32)
+        return cast(CostEffForSequenceClassification, prepared(model, self.device, self.bf16))
 
     def _stage(self, name: str, run: Callable[[str], tuple[PreTrainedModel, dict[str, Any]]]) -> None:
         if not self.store.is_finished(name):
@@ -262,28 +255,19 @@ class BlockPruning:
     def _train(
         self, stage: str, model: Any, phase: Phase, regularizer: Regularizer, best: bool = False
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        steps = phase.steps(len(self.data.train), self.arguments.batch_size)
-        if not steps:
+        if not phase.steps(len(self.data.train), self.arguments.batch_size):
             return model, {"steps": 0}
         same_width = self.teacher is not None and self.teacher.config.hidden_size == model.config.hidden_size
-        every = max(50, -(-steps // 5))
-        arguments = training_arguments(
+        arguments = stage_arguments(
             CostEffTrainingArguments,
             str(self.store.working_dir(stage)),
-            steps=steps,
-            learning_rate=phase.learning_rate,
+            phase,
+            len(self.data.train),
             batch_size=self.arguments.batch_size,
+            best_by=f"mean_exit_{self.metric}" if best else None,
             device=self.device,
             bf16=self.bf16,
             seed=self.arguments.seed,
-            save_strategy="steps",
-            save_steps=every,
-            save_total_limit=2,
-            eval_strategy="steps" if best else "no",
-            eval_steps=every if best else None,
-            load_best_model_at_end=best,
-            metric_for_best_model=f"mean_exit_{self.metric}" if best else None,
-            greater_is_better=True if best else None,
             representation_weight=float(same_width),
         )
         trainer = CostEffTrainer(
@@ -296,6 +280,7 @@ class BlockPruning:
             data_collator=self.collator,
             processing_class=self.tokenizer,
         )
+        log_to_stderr(trainer)
         trainer.train(resume_from_checkpoint=True)
         return trainer.model, {"steps": trainer.state.global_step, "log": trainer.state.log_history}
 

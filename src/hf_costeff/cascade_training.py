@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from .cascade_costs import classifier_flops
 from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
 from .checksums import fingerprint, fingerprint_of
 from .configuration_cascade import FEWEST_MEMBERS
-from .configuration_costeff import problem_type_of
 from .conversion import longest_text
 from .data import DataArguments, PreparedData, make_collator, prepare_data
 from .difficulty import HARD, RIGHT_FILE, RULES, Difficulty, check_hard_rows, difficulty_labels, mark_hard_rows
@@ -55,17 +53,12 @@ class MemberTrainer(TeacherTrainer):
     """
 
     args: CostEffTrainingArguments
-    _signature_columns: list[str] | None
+    loss_columns = (HARD,)
 
     def __init__(self, model: PreTrainedModel, args: CostEffTrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, class_weights=args.class_weights, **kwargs)
-        self.problem_type = problem_type_of(model.config)
         if args.difficulty_weight:
             check_hard_rows(self.train_dataset, self.problem_type)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*(self._signature_columns or ()), HARD])]
 
     def compute_loss(
         self,
@@ -229,9 +222,9 @@ class _CascadeRun:
 
     def _fresh(self, number: int) -> PreTrainedModel:
         """The checkpoint with a new head, in the state that the seed gives it."""
-        return AutoModelForSequenceClassification.from_pretrained(
-            self.names[number - 1], config=self._member_config(number), dtype=torch.float32
-        )
+        config = self._member_config(number)
+        model, _ = load_unfinished_classifier(self.names[number - 1], config=config, dtype=torch.float32)
+        return model
 
     def _fine_tuned(self, number: int) -> PreTrainedModel:
         name, rows, weight = f"member-{number}", self.data[number - 1].train, 0.0
@@ -259,7 +252,10 @@ class _CascadeRun:
                 folds=wanted.difficulty_folds,
                 seeds=[wanted.seed + number for number in range(wanted.difficulty_seeds)],
             )
-            save: Callable[[Path], Any] = lambda folder: np.save(folder / RIGHT_FILE, found.right)  # noqa: E731
+
+            def save(folder: Path) -> None:
+                np.save(folder / RIGHT_FILE, found.right)
+
             self.store.finish(name, save, {"right": float(found.right.mean())})
         return Difficulty(np.load(self.store.files(name) / RIGHT_FILE)).hard(wanted.difficulty_rule)
 

@@ -35,13 +35,17 @@ def load_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name)
 
 
-def load_classifier(name: str) -> PreTrainedModel:
+def load_classifier(name: str, **options: Any) -> PreTrainedModel:
     """A sequence classifier, all of whose weights were saved.
+
+    Args:
+        name: Local folder or Hub id.
+        **options: As for `from_pretrained`.
 
     Raises:
         ValueError: If there is no such checkpoint, it cannot be read, or it lacks weights.
     """
-    model, missing = load_unfinished_classifier(name)
+    model, missing = load_unfinished_classifier(name, **options)
     if missing:
         raise ValueError(
             f"The checkpoint {name!r} lacks weights that its config calls for: {_some(missing)}. Without them its "

@@ -36,7 +36,7 @@ from .checksums import fingerprint, fingerprint_of
 from .compression_args import CompressionArguments, CompressionPlan
 from .conversion import check_same_shape, convert_config, convert_from_stock
 from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
-from .distillation import bf16_pays, importance_against, log_to_stderr, prepared, random_batches, training_arguments
+from .distillation import bf16_pays, importance_against, log_to_stderr, prepared, random_batches, stage_arguments
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     checkpoint_bytes,
@@ -450,26 +450,16 @@ class Compression:
         return class_weights(self.data.train["labels"], self.data.num_labels)
 
     def _training_arguments(self, kind: type, stage: str, phase: Phase, best_by: str | None, **extra: Any) -> Any:
-        batch_size = self.arguments.batch_size or self.recipe.batch_size
-        steps = phase.steps(len(self.data.train), batch_size)
-        every = max(50, -(-steps // 5))
-        return training_arguments(
+        return stage_arguments(
             kind,
             str(self.store.working_dir(stage)),
-            steps=steps,
-            learning_rate=phase.learning_rate,
-            batch_size=batch_size,
+            phase,
+            len(self.data.train),
+            batch_size=self.arguments.batch_size or self.recipe.batch_size,
+            best_by=best_by,
             device=self.device,
             bf16=self.bf16,
             seed=self.arguments.seed,
-            save_strategy="steps",
-            save_steps=every,
-            save_total_limit=2,
-            eval_strategy="steps" if best_by else "no",
-            eval_steps=every if best_by else None,
-            load_best_model_at_end=best_by is not None,
-            metric_for_best_model=best_by,
-            greater_is_better=None if best_by is None else True,
             **extra,
         )
 

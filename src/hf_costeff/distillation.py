@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from .exit_criteria import answers
 from .losses import importance_loss
 from .modeling_costeff import CostEffForSequenceClassification
+from .recipes import Phase
 from .trainer import Teacher
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -77,6 +78,47 @@ def training_arguments(
         logging_steps=max(1, steps // 10),
         report_to="none",
         **extra,
+    )
+
+
+def stage_arguments(
+    kind: type[Arguments],
+    output_dir: str,
+    phase: Phase,
+    rows: int,
+    *,
+    batch_size: int,
+    best_by: str | None = None,
+    **common: Any,
+) -> Arguments:
+    """[`training_arguments`] of a stage that goes on after a kill: some five checkpoints, the best kept if asked for.
+
+    Args:
+        kind: Class of the arguments.
+        output_dir: For checkpoints.
+        phase: Steps and learning rate.
+        rows: Training rows.
+        batch_size: Rows per optimizer step, over all devices.
+        best_by: Metric by which a checkpoint is chosen, the larger the better; `None` keeps the last.
+        **common: The rest of [`training_arguments`].
+    """
+    steps = phase.steps(rows, batch_size)
+    every = max(50, -(-steps // 5))
+    return training_arguments(
+        kind,
+        output_dir,
+        steps=steps,
+        learning_rate=phase.learning_rate,
+        batch_size=batch_size,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        eval_strategy="steps" if best_by else "no",
+        eval_steps=every if best_by else None,
+        load_best_model_at_end=best_by is not None,
+        metric_for_best_model=best_by,
+        greater_is_better=None if best_by is None else True,
+        **common,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -57,7 +56,7 @@ class CostEffCascade(CostEffPreTrainedModel):
     has its own configuration, and only deferred rows reach the next one.
     """
 
-    config: CostEffCascadeConfig  # type: ignore[assignment]
+    config: CostEffCascadeConfig  # type: ignore[assignment] # another than the base's, as a cascade is another model
     config_class = CostEffCascadeConfig  # type: ignore[assignment]
     base_model_prefix = "cascade"
     _no_split_modules = []
@@ -106,10 +105,9 @@ class CostEffCascade(CostEffPreTrainedModel):
         """Those of the last member."""
         self.member(-1).set_input_embeddings(value)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """All members in one file, with the code; see [`CostEffPreTrainedModel.save_pretrained`]."""
-        self.config.auto_map = dict(AUTO_MAP) if type(self).__module__ == __name__ else {}
-        PreTrainedModel.save_pretrained(self, save_directory, *args, **kwargs)
+    @classmethod
+    def _auto_map(cls) -> dict[str, str]:
+        return AUTO_MAP if cls.__module__ == __name__ else {}
 
     def forward(
         self,

@@ -124,10 +124,14 @@ class CostEffPreTrainedModel(PreTrainedModel):
             initialization.normal_(module.values, std=self.config.initializer_range)
             initialization.zeros_(module.bias)
 
+    @classmethod
+    def _auto_map(cls) -> dict[str, str]:
+        """Nothing for a subclass from elsewhere: upstream saves its file, which may not import ours."""
+        return AUTO_MAP if cls.__module__ == __name__ else {}
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As upstream's; the code goes along, so that any Auto class loads the folder with `trust_remote_code=True`."""
-        is_ours = type(self).__module__ == __name__  # upstream saves the file of a subclass, which may not import ours
-        self.config.auto_map = dict(AUTO_MAP) if is_ours else {}
+        self.config.auto_map = dict(self._auto_map())
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def push_to_hub(

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .augmentation import replace_tokens
 from .block_training import Regularizer
 from .checksums import is_whole, write_checksums
-from .configuration_costeff import CostEffConfig
+from .configuration_costeff import CostEffConfig, problem_type_of
 from .difficulty import HARD, check_hard_rows
 from .efficiency import count_parameters
 from .exit_criteria import MULTI_LABEL, REGRESSION
@@ -93,6 +93,14 @@ class Teacher:
 class ResumableTrainer(Trainer):
     """Upstream's Trainer with checksums in its checkpoints, so that a damaged one is noticed and passed over."""
 
+    loss_columns: tuple[str, ...] = ()
+    """Columns that the loss reads and the model does not; upstream would drop them."""
+    _signature_columns: list[str] | None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*(self._signature_columns or ()), *self.loss_columns])]
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As upstream's; `True` resumes from the newest whole checkpoint, or starts afresh."""
         if resume_from_checkpoint is True:
@@ -126,7 +134,7 @@ class TeacherTrainer(ResumableTrainer):
     the mean over the rows of a step, however they are spread.
 
     Args:
-        model: A stock classifier whose config has a `problem_type`.
+        model: A stock classifier.
         args: Upstream's `TrainingArguments`.
         class_weights: Weight of each class; `None` weighs all alike.
         **kwargs: Everything else upstream's `Trainer` takes.
@@ -146,7 +154,7 @@ class TeacherTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, compute_metrics=self._metrics, **kwargs)
-        self.problem_type = model.config.problem_type
+        self.problem_type = problem_type_of(model.config)
         self.class_weights = class_weights
         check_class_settings(
             self.problem_type, model.config.num_labels, class_weights, self.args.label_smoothing_factor
@@ -197,7 +205,7 @@ class CostEffTrainer(ResumableTrainer):
     """
 
     loss_is_scaled_for_ga = False  # every part is a mean over its batch
-    _signature_columns: list[str] | None
+    loss_columns = (HARD,)
 
     def __init__(
         self,
@@ -336,10 +344,6 @@ class CostEffTrainer(ResumableTrainer):
                 "datasets": datasets,
             },
         ).render()
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*(self._signature_columns or ()), HARD])]
 
     def compute_loss(
         self,
