@@ -9,7 +9,7 @@ writes benchmarks/results/peers.json and prints a table of it, without those tha
     teacher                in torch (fp32, bf16) and in ONNX Runtime (fp32, int8 by dynamic quantization)
     first layer            of the run's assistant, at full width and with its exit, as the assistant's training left it:
                            the fewest FLOPs that leaving out layers can reach
-    truncated student      the same, then trained on the assistant as the slim model was, for --steps
+    truncated student      the same, then trained on the assistant as the slim model was, for as many steps
     PABEE                  the assistant: exits trained jointly on the full-width teacher, leaving by patience, which is
                            chosen on the calibration split to lose at most half a point
     static                 model2vec: token vectors distilled from the teacher, and its own classifier trained on the
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="Folder with a folder per task.")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--runs", required=True, type=Path, help="Folder for what is trained and exported.")
-    parser.add_argument("--steps", type=int, default=1000, help="Of the truncated student.")
+    parser.add_argument("--steps", type=int, default=6824, help="Of the truncated student; the slim model had as many.")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="Of the truncated student.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--texts", type=int, default=128, help="Texts for the clock; a quarter of them at batch 1.")

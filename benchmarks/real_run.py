@@ -4,7 +4,7 @@
 
 `--data` is a folder with the GLUE tasks as `nyu-mll/glue` has them, or for clinc150 one with its rows; `--models` one
 with `all-minilm-l6-v2` and `minilm-l6-sst2`. The run is resumable; its row goes to
-benchmarks/results/<task>-<recipe>-<seed>.json.
+benchmarks/results/<task>-<recipe>-<seed>.json (with --embedding_rank, <task>-<recipe>-rank<rank>-<seed>.json).
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--runs", default="runs")
     given = parser.parse_args()
-    name = f"{given.task}-{given.recipe}-{given.seed}"
+    rank = "" if given.embedding_rank is None else f"-rank{given.embedding_rank}"
+    name = f"{given.task}-{given.recipe}{rank}-{given.seed}"
     default_teacher = "minilm-l6-sst2" if given.task == "sst2" else "all-minilm-l6-v2"
     options = {
         "dataset_config": None if given.task == "clinc150" else given.task,
