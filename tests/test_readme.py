@@ -126,6 +126,7 @@ REAL_RUNS = {
     "mrpc": "MRPC (F1)",
     "sst2": "SST-2 (accuracy)",
     "qnli": "QNLI (accuracy)",
+    "mnli": "MNLI (accuracy)",
     "clinc150": "clinc150 (accuracy)",
     "cola": "CoLA (Matthews)",
 }
