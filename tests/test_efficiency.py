@@ -151,7 +151,7 @@ def test_stock_flops_equal_torchs_count_of_the_stock_classifier(family: str) -> 
 def test_parts_worked_by_hand() -> None:
     config = CostEffConfig(**UNEVEN, embedding_rank=5)
     assert embedding_flops(config, 10) == 2 * 10 * 5 * 24
-    assert exit_head_flops(config) == 2 * 24 * 3
+    assert exit_head_flops(config, 7) == 2 * 24 * 3
     # layer 3: one head of 8, no neurons: q, k, v, output, then two products of 10 x 10 x 8
     assert layer_flops(config, 3, 10) == 2 * (4 * 10 * 24 * 8 + 2 * 10 * 10 * 8)
     # layer 2: no heads, 16 neurons

@@ -7,9 +7,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 
-from helpers import random_batch, tiny_config, tiny_model
-from hf_costeff import CostEffForSequenceClassification, CostEffModel
+from helpers import random_batch, select_rows, tiny_config, tiny_model
+from hf_costeff import CostEffForSequenceClassification, CostEffModel, ExitConfig
 from hf_costeff.exit_heads import AttentionExitHead, FirstTokenAttention, pool_mean
+from hf_costeff.modeling_costeff import inference
+from hf_costeff.prediction import WaitingRows
 from hf_costeff.skip_gates import AttentionGate, HardWeight, LinearGate, SkipMixing
 
 GATED = {"skip_gates": "linear", "exit_pooling": "mean"}
@@ -18,10 +20,21 @@ FORMS = {"linear": GATED, "attention": ATTENTION}
 LENGTHS = [7, 3, 11, 2, 9, 5, 11, 4]
 
 
+def balanced(model):
+    """The model with every gate's bias such that half of some rows skip its layer, and heads that are not too sure."""
+    batch = random_batch([2 + row % 10 for row in range(64)], seed=9)
+    with torch.no_grad():
+        for head in list(model.costeff.exits.values()) if model.config.exit_head == "attention" else []:
+            head.classifier.weight.mul_(0.3)
+        for layer, gate in enumerate(model.costeff.gates):
+            gate.decision.bias -= torch.logit(model(**batch).skip_probabilities[layer], eps=1e-6).median()
+    return model
+
+
 @pytest.fixture(params=FORMS, ids=str)
 def gated(request):
     """A tiny model whose gates let about half of the layers be skipped, other ones by other rows."""
-    return tiny_model(seed=3, **FORMS[request.param])
+    return balanced(tiny_model(seed=3, **FORMS[request.param]))
 
 
 def literal_attention(attention: FirstTokenAttention, hidden, mask, num_heads):
@@ -128,7 +141,10 @@ def test_forward_mixes_as_written_out_layer_by_layer(gated, hard):
 
 
 def test_gates_are_hard_in_eval_mode_and_soft_in_training_mode(gated):
-    gated = tiny_model(seed=3, **FORMS[gated.config.skip_gates], hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    gated.config.hidden_dropout_prob = gated.config.attention_probs_dropout_prob = 0
+    state = gated.state_dict()
+    gated = CostEffForSequenceClassification(gated.config).eval()
+    gated.load_state_dict(state)
     batch = random_batch(LENGTHS)
     by_default = gated(**batch).logits
     torch.testing.assert_close(by_default, gated(**batch, hard_gates=True).logits)
@@ -161,7 +177,7 @@ def test_hard_gates_learn_from_the_loss_as_if_they_were_soft_at_the_same_place(g
 
 
 def test_equilibrium_leaves_a_gated_layer_and_its_gate_the_mean_gradient_over_the_exits_ahead():
-    model = tiny_model(seed=3, **GATED)
+    model = balanced(tiny_model(seed=3, **GATED))
     batch, labels = random_batch(LENGTHS), torch.arange(8) % 3
 
     def gradients(loss, names):
@@ -174,10 +190,10 @@ def test_equilibrium_leaves_a_gated_layer_and_its_gate_the_mean_gradient_over_th
         for name, _ in model.named_parameters()
         if name.startswith(("costeff.layers.1.", "costeff.gates.1.", "costeff.embeddings.norm"))
     ]
-    balanced = gradients(model(**batch, labels=labels, hard_gates=False, gradient_equilibrium=True).loss, names)
+    scaled = gradients(model(**batch, labels=labels, hard_gates=False, gradient_equilibrium=True).loss, names)
     exits = model(**batch, hard_gates=False, gradient_equilibrium=False).exit_logits
     by_exit = [gradients(nn.functional.cross_entropy(logits, labels), names) for logits in exits]
-    for name, *parts, found in zip(names, *by_exit, balanced, strict=True):
+    for name, *parts, found in zip(names, *by_exit, scaled, strict=True):
         ahead = len(exits) if "embeddings" in name else len(exits) - 1
         total = sum(part for part in parts if part is not None)
         torch.testing.assert_close(found, total / ahead, rtol=1e-4, atol=1e-6, msg=name)
@@ -247,3 +263,168 @@ def test_settings_that_no_gate_can_have_are_refused(changes, message):
     with pytest.raises(StrictDataclassClassValidationError) as error:
         tiny_config(**changes)
     assert message in str(error.value)
+
+
+# ---- prediction
+
+EARLY = {
+    "full depth": False,
+    "entropy": ExitConfig(threshold=0.6),
+    "entropy in nats": ExitConfig("entropy_nats", threshold=0.8),
+    "confidence": ExitConfig("confidence", threshold=0.5),
+    "margin": ExitConfig("margin", threshold=[0.4, 0.3, 0.5, 0.9]),
+    "some exits": ExitConfig(threshold=0.7, checked_exits=[2, 3]),
+}
+
+
+def by_hand(model, batch, settings):
+    """One row by itself, layer by layer, every one of them looked at with `if`, as the method is written down."""
+    base, depth = model.costeff, model.config.num_hidden_layers
+    hidden, skipped = base.embeddings(batch["input_ids"], batch["token_type_ids"], None, None), []
+    rule = None if settings is False else settings.build_criterion(depth, "single_label_classification")
+    for layer in range(1, depth + 1):
+        skips = bool(base.gates[layer - 1](hidden, None) >= 0.5)
+        skipped.append(skips)
+        if not skips:
+            hidden, _ = base.layers[layer - 1](hidden, None, base._attention_function())
+        logits = base.exits[str(layer)](hidden, None)
+        asked = layer < depth and not skips and rule is not None and settings.is_checked(layer)
+        if asked and rule.leaves(logits[:, None], layer - 1):
+            break
+    return logits[0], layer, skipped + [False] * (depth - len(skipped))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("early_exit", EARLY.values(), ids=list(EARLY))
+def test_every_row_skips_and_leaves_in_a_batch_as_by_hand_alone(gated, early_exit, attention):
+    gated.set_attn_implementation(attention)
+    lengths = torch.randint(2, 12, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+    batch = random_batch(lengths)
+    found = gated.predict(**batch, early_exit=early_exit)
+    for row, length in enumerate(lengths):
+        alone = {name: tensor[row : row + 1, :length] for name, tensor in batch.items()}
+        with torch.no_grad():
+            logits, exit_layer, skipped = by_hand(gated, alone, early_exit)
+        assert found.exit_layer[row] == exit_layer
+        assert found.skipped_layers[row].tolist() == skipped
+        torch.testing.assert_close(found.logits[row], logits, atol=1e-5, rtol=1e-5)
+    assert len(set(map(tuple, found.skipped_layers.tolist()))) > 3
+    assert early_exit is False or len(set(found.exit_layer.tolist())) > 2
+
+
+@pytest.mark.parametrize("early_exit", EARLY.values(), ids=list(EARLY))
+def test_a_rows_answer_does_not_depend_on_its_batch(gated, early_exit):
+    batch = random_batch([7, 3, 11, 2, 9, 5, 11, 4, 8, 8, 6, 10])
+    whole = gated.predict(**batch, early_exit=early_exit)
+    for rows in ([11, 0, 5], [3], [6, 2, 2, 7, 1, 9, 10], list(range(11, -1, -1))):
+        part = gated.predict(**select_rows(batch, rows), early_exit=early_exit)
+        assert torch.equal(part.exit_layer, whole.exit_layer[rows])
+        assert torch.equal(part.skipped_layers, whole.skipped_layers[rows])
+        torch.testing.assert_close(part.logits, whole.logits[rows], atol=1e-5, rtol=1e-5)
+
+
+def test_full_depth_is_what_the_hard_forward_answers(gated):
+    batch = random_batch(LENGTHS)
+    found, outputs = gated.predict(**batch, early_exit=False), gated(**batch)
+    torch.testing.assert_close(found.logits, outputs.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.skipped_layers, torch.stack(outputs.skip_probabilities, 1) >= 0.5)
+    assert found.exit_layer.tolist() == [4] * 8
+
+
+def test_nothing_is_skipped_where_the_caller_says_so(gated):
+    batch = random_batch(LENGTHS)
+    found = gated.predict(**batch, early_exit=0.6, skip_layers=False)
+    plain = tiny_model(seed=3, **{**FORMS[gated.config.skip_gates], "skip_gates": None})
+    plain.load_state_dict(gated.state_dict(), strict=False)
+    expected = plain.predict(**batch, early_exit=0.6)
+    assert found.skipped_layers is None and torch.equal(found.exit_layer, expected.exit_layer)
+    assert torch.equal(found.logits, expected.logits)
+
+
+def set_gates(model, biases):
+    """Gates that decide alike for every row: skip where the bias is positive."""
+    with torch.no_grad():
+        for gate, bias in zip(model.costeff.gates, biases, strict=True):
+            gate.decision.weight.zero_()
+            gate.decision.bias.fill_(bias)
+    return model
+
+
+@pytest.mark.parametrize("early_exit", [False, 0.0, 0.6, 1.0])
+def test_rows_that_skip_every_layer_are_answered_by_the_last_exit(gated, early_exit):
+    model, batch = set_gates(gated, [9.0] * 4), random_batch(LENGTHS)
+    found = model.predict(**batch, early_exit=early_exit)
+    embedded = model.costeff.embeddings(batch["input_ids"], batch["token_type_ids"], None, None)
+    torch.testing.assert_close(found.logits, model.costeff.exits["4"](embedded, batch["attention_mask"]))
+    assert found.exit_layer.tolist() == [4] * 8 and found.skipped_layers.all()
+
+
+@pytest.mark.parametrize("skipped", [[1], [4], [2, 3], []])
+def test_layers_that_all_rows_skip_might_as_well_not_be_there(gated, skipped):
+    model = set_gates(gated, [9.0 if layer in skipped else -9.0 for layer in range(1, 5)])
+    batch = random_batch(LENGTHS)
+    for layer in skipped:
+        model.costeff.layers[layer - 1].forward = None  # would fail if it ran
+    found = model.predict(**batch, early_exit=0.7)
+    left = [layer for layer in range(1, 5) if layer not in skipped]
+    assert set(found.exit_layer.tolist()) <= {*left, 4}
+    assert found.skipped_layers.any(0).tolist() == [layer in skipped for layer in range(1, 5)]
+
+
+def test_a_gate_at_exactly_the_threshold_skips():
+    model = set_gates(tiny_model(seed=3, **GATED), [0.0] * 4)
+    assert model.predict(**random_batch([3, 5])).skipped_layers.all()
+    model.config.skip_threshold = 0.5001
+    assert not model.predict(**random_batch([3, 5])).skipped_layers.any()
+
+
+def test_who_skips_does_not_pay_for_who_runs(gated):
+    """The layer sees the rows that run it alone, cropped to their longest."""
+    seen = []
+    for layer in gated.costeff.layers:
+        layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[:2]))
+    lengths = [7, 3, 11, 2, 9, 5, 11, 4]
+    found = gated.predict(**random_batch(lengths), early_exit=False)
+    running = [
+        [length for length, skips in zip(lengths, row, strict=True) if not skips]
+        for row in found.skipped_layers.T.tolist()
+    ]
+    assert seen == [(len(rows), max(rows)) for rows in running if rows]
+
+
+@pytest.mark.parametrize("early_exit", [False, 0.6, ExitConfig(threshold=0.7, checked_exits=[2])])
+def test_rows_merged_on_the_way_answer_as_alone(gated, early_exit):
+    batch = random_batch(LENGTHS * 2)
+    model, plan = gated.costeff, gated.costeff.exit_plan(early_exit)
+    waiting, left = WaitingRows(model, plan, batch_size=5), []
+    parts = [[0, 1, 2], [3], [4, 5, 6, 7, 8], list(range(9, 16))]
+    with inference(model):
+        for leaving in waiting.run((rows, select_rows(batch, rows)) for rows in parts):
+            left.append(leaving)
+    found, expected = model.answer(left, plan), gated.predict(**batch, early_exit=early_exit)
+    assert torch.equal(found.exit_layer, expected.exit_layer)
+    assert torch.equal(found.skipped_layers, expected.skipped_layers)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_patience_is_refused_with_gates_and_allowed_without_skipping():
+    model, batch = tiny_model(seed=3, **GATED), random_batch(LENGTHS)
+    patience = ExitConfig("patience", patience=1)
+    with pytest.raises(ValueError, match=r"The patience criterion compares .* Use the entropy, confidence or margin"):
+        model.predict(**batch, early_exit=patience)
+    assert model.predict(**batch, early_exit=patience, skip_layers=False).skipped_layers is None
+
+
+def test_skipping_without_gates_is_refused():
+    with pytest.raises(ValueError, match=r"`skip_layers` is True, and this model has no gates. .*add_skip_gates"):
+        tiny_model().predict(**random_batch([3]), skip_layers=True)
+    assert tiny_model().predict(**random_batch([3]), skip_layers=False).skipped_layers is None
+
+
+def test_logits_that_are_not_finite_name_the_row_that_ran(gated):
+    batch = random_batch(LENGTHS)
+    skipped = gated.predict(**batch, early_exit=False).skipped_layers[:, 1].tolist()
+    with torch.no_grad():
+        gated.costeff.exits["2"].classifier.bias.fill_(torch.inf)
+    with pytest.raises(ValueError, match=f"row {skipped.index(False)} after layer 2"):
+        gated.predict(**batch, early_exit=ExitConfig(threshold=0.5, checked_exits=[2]))

@@ -85,6 +85,23 @@ def problem_type_of(config: PreTrainedConfig) -> str:
     return REGRESSION if config.num_labels == 1 else SINGLE_LABEL
 
 
+def require_no_gates(config: Any, action: str) -> None:
+    """Refuse a gated model where every row has to run every layer.
+
+    Args:
+        config: Of the model; one of another family has no gates.
+        action: What cannot be done, as the subject of a sentence.
+
+    Raises:
+        ValueError: Saying how to load it without gates.
+    """
+    if getattr(config, "skip_gates", None) is not None:
+        raise ValueError(
+            f"{action} needs a model whose rows all run the same layers, and this one has skip gates "
+            f"({config.skip_gates!r}). Load it without them: from_pretrained(..., skip_gates=None)."
+        )
+
+
 def check_exit_config(values: dict[str, Any] | None) -> None:
     """Nothing, if `config.exit_config` holds settings that an [`ExitConfig`] can have, or none.
 

@@ -22,7 +22,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from .configuration_costeff import CostEffConfig
+from .configuration_costeff import CostEffConfig, require_no_gates
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
 from .packed_linear import require_unpacked
 
@@ -377,11 +377,17 @@ def convert_to_stock(model: CostEffForSequenceClassification) -> PreTrainedModel
         the dtype, device and train/eval mode of `model`.
 
     Raises:
-        ValueError: If the exits read the mean over the tokens, the head size does not divide the hidden size, or the
-            model is packed.
+        ValueError: If the exits are attention heads or read the mean over the tokens, the head size does not divide the
+            hidden size, or the model is packed or has gates.
     """
     config = model.config
     require_unpacked(config, "A stock model")
+    require_no_gates(config, "Becoming a stock model")
+    if config.exit_head != "linear":
+        raise ValueError(
+            f"`exit_head` is {config.exit_head!r}, and stock classifiers have one linear head. Train with "
+            "exit_head='linear' to have a model that becomes stock."
+        )
     if config.exit_pooling != "cls":
         raise ValueError(
             f"`exit_pooling` is {config.exit_pooling!r}, and stock classifiers read the first token. Train with "

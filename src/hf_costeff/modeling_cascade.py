@@ -205,7 +205,7 @@ class CostEffCascade(CostEffPreTrainedModel):
         """
         model = self.member(member - 1)
         if isinstance(model, CostEffForSequenceClassification):
-            prediction = model.predict(**inputs, early_exit=False if full_depth else None)
+            prediction = model.predict(**inputs, early_exit=False if full_depth else None, skip_layers=None)
             logits, exit_layer = prediction["logits"], prediction["exit_layer"]
         else:
             logits = model(**_accepted(model, inputs)).logits

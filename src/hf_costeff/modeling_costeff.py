@@ -282,8 +282,9 @@ class CostEffModel(CostEffPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         early_exit: bool | float | ExitConfig | None = None,
+        skip_layers: bool | None = None,
     ) -> CostEffPrediction:
-        """Classify, letting each row leave at the first exit that is sure of it.
+        """Classify, letting each row leave at the first exit that is sure of it, and skip layers as its gates say.
 
         Rows that leave are dropped from the running batch and the rest is cropped to its longest row; a row's answer
         does not depend on the batch it came in, if the padding is on the right. Runs without dropout and gradients
@@ -296,15 +297,17 @@ class CostEffModel(CostEffPreTrainedModel):
             early_exit: `None` what the model was saved with (full depth if nothing was), `False` full depth, `True` the
                 saved settings, a number a threshold on the normalised entropy (0: nobody leaves early, 1: everybody
                 leaves at the first exit), or an [`ExitConfig`].
+            skip_layers: Whether rows skip the layers whose gates say so; the exits of these are not asked about them,
+                but for the last, which always answers. `None`: if there are gates. `False` runs every layer.
 
         Returns:
-            Logits, exit layers, probabilities and confidence, in the caller's order.
+            Logits, exit layers, probabilities, confidence and skipped layers, in the caller's order.
 
         Raises:
             ValueError: Empty batch, a row of padding only, `early_exit=True` without saved settings, settings that do
-                not fit the model, or logits that are not finite.
+                not fit the model or its gates, `skip_layers=True` without gates, or logits that are not finite.
         """
-        plan = self.exit_plan(early_exit)
+        plan = self.exit_plan(early_exit, skip_layers)
         with inference(self):
             rows: RunningRows | None = self.enter(input_ids, attention_mask, token_type_ids)
             left = []
@@ -313,18 +316,29 @@ class CostEffModel(CostEffPreTrainedModel):
                 left += [] if leaving is None else [leaving]
         return self.answer(left, plan)
 
-    def exit_plan(self, early_exit: bool | float | ExitConfig | None = None) -> ExitPlan:
+    def exit_plan(
+        self, early_exit: bool | float | ExitConfig | None = None, skip_layers: bool | None = None
+    ) -> ExitPlan:
         """What `predict(early_exit=...)` means for this model: which exits are asked, and who may leave there.
 
         Args:
             early_exit: As for `predict`.
+            skip_layers: As for `predict`.
 
         Raises:
-            ValueError: `early_exit=True` without saved settings, or settings that do not fit the model.
+            ValueError: `early_exit=True` without saved settings, settings that do not fit the model or its gates, or
+                `skip_layers=True` without gates.
         """
+        if skip_layers and not len(self.gates):
+            raise ValueError(
+                f"`skip_layers` is {skip_layers}, and this model has no gates. Leave it out, or give the model gates "
+                "and train them: hf_costeff.add_skip_gates(model)."
+            )
+        skips = bool(len(self.gates) if skip_layers is None else skip_layers)
         settings = ExitConfig.resolve(early_exit, self.config.exit_config)
-        plan = ExitPlan.make(settings, self.config.exit_layers, self.config.resolved_problem_type)
-        warn_if_void(self, None if settings is None else settings.calibration)
+        plan = ExitPlan.make(settings, self.config.exit_layers, self.config.resolved_problem_type, skips)
+        threshold = self.config.skip_threshold if skips else None
+        warn_if_void(self, None if settings is None else settings.calibration, threshold)
         return plan
 
     def enter(
@@ -358,6 +372,7 @@ class CostEffModel(CostEffPreTrainedModel):
             counts=counts,
             hidden_states=self._embed(input_ids[:, :columns], types, None, None),
             padding_mask=None if attention_mask is None or not padded else attention_mask[:, :columns],
+            skipped=[()] * len(ends),
             attend=self._attention_function(),
         )
 
@@ -375,6 +390,23 @@ class CostEffModel(CostEffPreTrainedModel):
             ValueError: If logits are not finite.
         """
         stop = plan.next_stop(rows.depth)
+        if not plan.skips:
+            return rows.leave(plan, self._run(rows, stop, [stop])[0])
+        asked: list[int] = []
+        while rows.depth < stop:
+            layer = rows.depth + 1
+            decided = self.gates[layer - 1](rows.hidden_states, rows.padding_mask) >= self.config.skip_threshold
+            asked, running = rows.split(decided.tolist())  # the one transfer
+            if running is not None:
+                answers = self._run(running, layer, [stop] if layer == stop else [])
+                rows.put(asked, running)
+            rows.depth = layer
+        if stop == self.config.num_hidden_layers and len(asked) < len(rows):  # who skips it is answered there too
+            return rows.leave(plan, self.exits[str(stop)](rows.hidden_states, rows.padding_mask))
+        return rows.leave(plan, answers[0], asked) if asked else (None, rows)
+
+    def _run(self, rows: RunningRows, stop: int, exits: Collection[int]) -> list[Tensor]:
+        """Run rows on to a layer; the logits of the exits there."""
         if rows.attention_mask is None and rows.padding_mask is not None:
             rows.attention_mask = create_bidirectional_mask(
                 self.config,
@@ -382,16 +414,16 @@ class CostEffModel(CostEffPreTrainedModel):
                 attention_mask=rows.padding_mask,
                 allow_is_bidirectional_skip=False,  # the host knows that there is padding; looking would wait
             )
-        rows.hidden_states, (logits,) = self.run_layers(
+        rows.hidden_states, logits = self.run_layers(
             rows.hidden_states,
             rows.padding_mask,
             rows.attention_mask,
             rows.attend,
             depths=range(rows.depth + 1, stop + 1),
-            exits=[stop],
+            exits=exits,
         )
         rows.depth = stop
-        return rows.leave(plan, logits)
+        return logits
 
     def answer(self, left: Sequence[LeavingRows], plan: ExitPlan) -> CostEffPrediction:
         """What rows answered, in the order of their numbers. Call it outside [`inference`].
@@ -404,14 +436,24 @@ class CostEffModel(CostEffPreTrainedModel):
         logits = torch.cat([rows.logits for rows in left])
         scaled = torch.cat([plan.scaled(rows.logits, rows.exit_layer) for rows in left])
         layers = [rows.exit_layer for rows in left for _ in rows.numbers]
+        skipped = [layers for rows in left for layers in rows.skipped]
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
         if order != list(range(len(numbers))):
-            index, layers = host_index(order, logits.device), pick(layers, order)
+            index, layers, skipped = host_index(order, logits.device), pick(layers, order), pick(skipped, order)
             logits, scaled = logits[index], scaled[index]
         chances = probabilities(scaled, plan.problem_type)
-        confidence = answer_confidence(chances, plan.problem_type)
-        exit_layer = host_index(layers, logits.device)
-        return CostEffPrediction(logits=logits, exit_layer=exit_layer, probabilities=chances, confidence=confidence)
+        return CostEffPrediction(
+            logits=logits,
+            exit_layer=host_index(layers, logits.device),
+            probabilities=chances,
+            confidence=answer_confidence(chances, plan.problem_type),
+            skipped_layers=self._marked(skipped).to(logits.device, non_blocking=True) if plan.skips else None,
+        )
+
+    def _marked(self, layers: Sequence[Sequence[int]]) -> Tensor:
+        """Booleans of shape (rows, layers), True at these 1-based layers of each row."""
+        depth = self.config.num_hidden_layers
+        return torch.tensor([[layer in own for layer in range(1, depth + 1)] for own in layers])
 
     def _mixing(self, hard_gates: bool | None) -> SkipMixing:
         hard = not self.training if hard_gates is None else hard_gates
@@ -569,14 +611,16 @@ class CostEffForSequenceClassification(CostEffPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         early_exit: bool | float | ExitConfig | None = None,
+        skip_layers: bool | None = None,
     ) -> CostEffPrediction:
         """See [`CostEffModel.predict`]."""
-        return self.costeff.predict(input_ids, attention_mask, token_type_ids, early_exit)
+        return self.costeff.predict(input_ids, attention_mask, token_type_ids, early_exit, skip_layers)
 
     def truncate(self, exit_layer: int) -> CostEffForSequenceClassification:
         """A new, shallower model that ends where an exit is, and answers at full depth what that exit answers here.
 
-        Earlier exits stay; saved exit settings do not, because they were chosen for the deeper model.
+        Earlier exits and gates stay; saved exit settings do not, because they were chosen for the deeper model. Rows
+        that skip the new last layer are answered too, by an exit that was never asked about them before.
 
         Args:
             exit_layer: 1-based layer of the exit.

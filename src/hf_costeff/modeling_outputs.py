@@ -67,9 +67,12 @@ class CostEffPrediction(ModelOutput):
             (batch, labels).
         confidence: Largest probability (single label) or that of the least sure label's decision (multi-label), shape
             (batch,); `None` for regression.
+        skipped_layers: Whether each row skipped each layer, shape (batch, layers), as its gate said; False for layers
+            behind the one it left after. `None` without gates or with `skip_layers=False`.
     """
 
     logits: Tensor | None = None
     exit_layer: Tensor | None = None
     probabilities: Tensor | None = None
     confidence: Tensor | None = None
+    skipped_layers: Tensor | None = None
