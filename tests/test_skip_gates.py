@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 
-from helpers import random_batch, select_rows, tiny_config, tiny_model
+from helpers import balance_gates, random_batch, select_rows, tiny_config, tiny_model
 from hf_costeff import CostEffForSequenceClassification, CostEffModel, ExitConfig
 from hf_costeff.exit_heads import AttentionExitHead, FirstTokenAttention, pool_mean
 from hf_costeff.modeling_costeff import inference
@@ -20,21 +20,10 @@ FORMS = {"linear": GATED, "attention": ATTENTION}
 LENGTHS = [7, 3, 11, 2, 9, 5, 11, 4]
 
 
-def balanced(model):
-    """The model with every gate's bias such that half of some rows skip its layer, and heads that are not too sure."""
-    batch = random_batch([2 + row % 10 for row in range(64)], seed=9)
-    with torch.no_grad():
-        for head in list(model.costeff.exits.values()) if model.config.exit_head == "attention" else []:
-            head.classifier.weight.mul_(0.3)
-        for layer, gate in enumerate(model.costeff.gates):
-            gate.decision.bias -= torch.logit(model(**batch).skip_probabilities[layer], eps=1e-6).median()
-    return model
-
-
 @pytest.fixture(params=FORMS, ids=str)
 def gated(request):
     """A tiny model whose gates let about half of the layers be skipped, other ones by other rows."""
-    return balanced(tiny_model(seed=3, **FORMS[request.param]))
+    return balance_gates(tiny_model(seed=3, **FORMS[request.param]))
 
 
 def literal_attention(attention: FirstTokenAttention, hidden, mask, num_heads):
@@ -177,7 +166,7 @@ def test_hard_gates_learn_from_the_loss_as_if_they_were_soft_at_the_same_place(g
 
 
 def test_equilibrium_leaves_a_gated_layer_and_its_gate_the_mean_gradient_over_the_exits_ahead():
-    model = balanced(tiny_model(seed=3, **GATED))
+    model = balance_gates(tiny_model(seed=3, **GATED))
     batch, labels = random_batch(LENGTHS), torch.arange(8) % 3
 
     def gradients(loss, names):
