@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 
-from helpers import balance_gates, random_batch, select_rows, tiny_config, tiny_model
-from hf_costeff import CostEffForSequenceClassification, CostEffModel, ExitConfig
+from helpers import (
+    balance_gates,
+    random_batch,
+    select_rows,
+    sentence_rows,
+    tiny_bert,
+    tiny_config,
+    tiny_model,
+    token_rows,
+    word_tokenizer,
+)
+from hf_costeff import (
+    BlockShape,
+    CostEffCascade,
+    CostEffClassificationPipeline,
+    CostEffForSequenceClassification,
+    CostEffModel,
+    ExitConfig,
+    SlenderizationPlan,
+    add_skip_gates,
+    calibrate,
+    convert_from_stock,
+    convert_to_stock,
+    export_onnx,
+    pack,
+    predict_texts,
+    promises,
+    prune_blocks,
+    slenderize,
+    unpack,
+)
+from hf_costeff.block_pruning import zero_blocks
+from hf_costeff.cli import main
+from hf_costeff.data import make_collator
+from hf_costeff.efficiency import mean_flops
+from hf_costeff.evaluation import Contender, collect_exit_logits, report_rows
 from hf_costeff.exit_heads import AttentionExitHead, FirstTokenAttention, pool_mean
+from hf_costeff.exit_times import measure_exit_times
 from hf_costeff.modeling_costeff import inference
+from hf_costeff.onnx_runner import Runner
 from hf_costeff.prediction import WaitingRows
 from hf_costeff.skip_gates import AttentionGate, HardWeight, LinearGate, SkipMixing
 
@@ -417,3 +456,246 @@ def test_logits_that_are_not_finite_name_the_row_that_ran(gated):
         gated.costeff.exits["2"].classifier.bias.fill_(torch.inf)
     with pytest.raises(ValueError, match=f"row {skipped.index(False)} after layer 2"):
         gated.predict(**batch, early_exit=ExitConfig(threshold=0.5, checked_exits=[2]))
+
+
+# ---- other parts of the package
+
+
+def head_sizes(model):
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if ".gates." in name or ".exits." in name}
+
+
+@pytest.mark.parametrize("form", ["linear", "attention"])
+@pytest.mark.parametrize("kind", ["converted", "slenderized", "packed"])
+def test_gates_are_added_to_any_model_which_answers_as_before_without_them(kind, form):
+    model = convert_from_stock(tiny_bert())
+    if kind == "slenderized":
+        plan = SlenderizationPlan(((True, False, True),) * 4, ((True, False) * 8,) * 4, embedding_rank=5)
+        model = slenderize(model, plan)
+    if kind == "packed":
+        model = pack(model, prune_blocks(model, BlockShape(columns=4), ratio=0.5))
+    model.config.exit_config = ExitConfig(threshold=0.5).to_dict()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(1)
+    gated = add_skip_gates(model, form, gate_size=6)
+    batch = random_batch(LENGTHS)
+    assert gated.config.exit_config is None and model.config.skip_gates is None and not gated.training
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+    torch.testing.assert_close(gated(**batch, use_gates=False).exit_logits, model(**batch).exit_logits)
+    assert gated.predict(**batch).skipped_layers.shape == (8, 4)
+    torch.manual_seed(1)
+    again = add_skip_gates(model, form, gate_size=6)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in gated.state_dict().items())
+
+
+def test_attention_heads_are_made_fresh_where_they_were_linear():
+    model = convert_from_stock(tiny_bert())
+    gated = add_skip_gates(model, "linear", exit_head="attention", exit_head_size=8)
+    assert gated.costeff.exits["1"].classifier.in_features == 8
+    torch.testing.assert_close(
+        gated(**random_batch(LENGTHS), use_gates=False, output_hidden_states=True).hidden_states,
+        model(**random_batch(LENGTHS), output_hidden_states=True).hidden_states,
+    )
+    kept = add_skip_gates(model, "linear", exit_head="linear")
+    assert torch.equal(kept.costeff.exits["1"].classifier.weight, model.costeff.exits["1"].classifier.weight)
+
+
+def test_gates_are_added_once():
+    gated = add_skip_gates(convert_from_stock(tiny_bert()), "linear")
+    with pytest.raises(ValueError, match="The model has skip gates already"):
+        add_skip_gates(gated)
+
+
+def test_an_unknown_form_of_gate_is_refused():
+    with pytest.raises(StrictDataclassClassValidationError, match="`skip_gates` is 'mlp'"):
+        add_skip_gates(tiny_model(), "mlp")
+
+
+def test_gates_that_cost_more_than_their_layers_are_named(caplog):
+    model = tiny_model(num_attention_heads=[2, 0, 1, 3], intermediate_size=[10, 0, 0, 16])
+    with caplog.at_level(logging.WARNING, "hf_costeff.gating"):
+        gated = add_skip_gates(model, "linear")
+        assert [record.getMessage().split(" take")[0] for record in caplog.records] == ["The gates of layers 2"]
+        caplog.clear()
+        add_skip_gates(model, "attention", gate_size=200)
+        assert caplog.records[0].getMessage().startswith("The gates of layers 1, 2, 3, 4 take")
+        caplog.clear()
+        add_skip_gates(tiny_model(num_attention_heads=2, intermediate_size=16), "linear")
+        assert not caplog.records
+    assert gated.predict(**random_batch(LENGTHS)).skipped_layers.shape == (8, 4)
+
+
+def test_a_truncated_model_keeps_its_gates_and_answers_rows_that_run_its_last_layer_as_the_exit_did(gated):
+    shallow, batch = gated.truncate(2), random_batch(LENGTHS)
+    assert len(shallow.costeff.gates) == 2
+    outputs, found = gated(**batch), shallow.predict(**batch)
+    ran = torch.stack(outputs.skip_probabilities[:2], 1)[:, 1] < 0.5
+    assert torch.equal(found.skipped_layers, torch.stack(outputs.skip_probabilities[:2], 1) >= 0.5)
+    torch.testing.assert_close(found.logits[ran], outputs.exit_logits[1][ran], atol=1e-5, rtol=1e-5)
+    assert ran.any() and not ran.all()
+
+
+def test_a_gated_model_is_slenderized_with_its_gates(gated):
+    heads = tuple((True,) * count for count in gated.config.num_attention_heads)
+    neurons = tuple((True,) * count for count in gated.config.intermediate_size)
+    batch = random_batch(LENGTHS)
+    same = slenderize(gated, SlenderizationPlan(heads, neurons))
+    torch.testing.assert_close(same(**batch).exit_logits, gated(**batch).exit_logits)
+    assert torch.equal(same.predict(**batch).skipped_layers, gated.predict(**batch).skipped_layers)
+    narrow = slenderize(gated, SlenderizationPlan(heads, ((False,) * 10, *neurons[1:])))
+    assert head_sizes(narrow) == head_sizes(gated) and narrow.config.intermediate_size[0] == 0
+
+
+def test_a_gated_model_is_packed_and_unpacked(gated):
+    masks, batch = prune_blocks(gated, BlockShape(columns=4), ratio=0.5), random_batch(LENGTHS)
+    packed, masked = pack(gated, masks), zero_blocks(gated, masks)
+    for model in (packed, unpack(packed)):
+        found, expected = model.predict(**batch, early_exit=0.6), masked.predict(**batch, early_exit=0.6)
+        assert torch.equal(found.skipped_layers, expected.skipped_layers)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_is_loaded_without_its_gates_and_answers_as_if_none_skipped(gated, tmp_path):
+    gated.save_pretrained(tmp_path)
+    plain, batch = CostEffForSequenceClassification.from_pretrained(tmp_path, skip_gates=None), random_batch(LENGTHS)
+    assert plain.config.skip_gates is None and not len(plain.costeff.gates)
+    expected = gated.predict(**batch, early_exit=0.6, skip_layers=False)
+    torch.testing.assert_close(plain.predict(**batch, early_exit=0.6).logits, expected.logits)
+
+
+def test_what_needs_the_same_layers_of_every_row_refuses_gates(tmp_path):
+    model = tiny_model(seed=3, skip_gates="linear")
+    times = (model, token_rows(4), make_collator(word_tokenizer()))
+    for call, subject in (
+        (lambda: convert_to_stock(model), "Becoming a stock model"),
+        (lambda: export_onnx(model, word_tokenizer(), tmp_path / "onnx"), "Export to graphs"),
+        (lambda: measure_exit_times(*times), "Timing the exits"),
+        (lambda: CostEffCascade.from_members([tiny_model(), model]), "A cascade, as member 2,"),
+    ):
+        with pytest.raises((ValueError, StrictDataclassClassValidationError)) as error:
+            call()
+        assert f"{subject} needs a model whose rows all run the same layers" in str(error.value)
+        assert "from_pretrained(..., skip_gates=None)" in str(error.value)
+    with pytest.raises(ValueError, match="`exit_head` is 'attention', and stock classifiers"):
+        convert_to_stock(tiny_model(exit_head="attention", exit_head_size=8))
+
+
+def test_attention_heads_are_exported(tmp_path):
+    model = tiny_model(seed=3, exit_head="attention", exit_head_size=8)
+    texts = [*sentence_rows(6)["text"], "a good film"]
+    folder = export_onnx(model, word_tokenizer(), tmp_path / "onnx").folder
+    found = list(Runner(folder).predict(texts, early_exit=0.5))
+    expected = list(predict_texts(model, word_tokenizer(), texts, early_exit=0.5, show_progress=False))
+    assert [answer["exit_layer"] for answer in found] == [answer["exit_layer"] for answer in expected]
+    scores = [torch.tensor([answer["score"] for answer in answers]) for answers in (found, expected)]
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+
+
+# ---- calibrating, comparing, answering texts
+
+
+def test_calibrated_settings_do_what_was_seen_row_by_row(gated):
+    rows, collator = token_rows(40), make_collator(word_tokenizer())
+    settings = calibrate(gated, rows, collator, max_disagreement=20.0, show_progress=False)
+    full, early, layers = [], [], []
+    for ids in rows["input_ids"]:
+        answer = gated.predict(torch.tensor([ids]), early_exit=True)
+        early.append(answer.logits.argmax().item())
+        layers.append(answer.exit_layer.item())
+        full.append(gated.predict(torch.tensor([ids]), early_exit=False).logits.argmax().item())
+    seen = settings.calibration
+    assert seen["mean_exit_layer"] == pytest.approx(sum(layers) / 40) and seen["mean_exit_layer"] < 4
+    assert seen["disagreement"] == pytest.approx(sum(a != b for a, b in zip(full, early, strict=True)) / 40)
+    assert seen["skip_threshold"] == 0.5
+
+
+def test_without_skipping_the_records_are_of_a_plain_model(gated):
+    rows, collator = token_rows(8), make_collator(word_tokenizer())
+    records = collect_exit_logits(gated, rows, collator, show_progress=False, skip_layers=False)
+    assert records.skipped is None
+    batch = collator([rows[row] for row in range(8)])
+    del batch["labels"]
+    with torch.no_grad():
+        expected = torch.stack(gated(**batch, use_gates=False).exit_logits, 1)
+    torch.testing.assert_close(records.logits, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_promise_is_void_where_rows_take_other_paths(caplog):
+    model = balance_gates(tiny_model(seed=3, **GATED))
+    goal = {"max_disagreement": 50.0, "delta": 0.3, "guarantee": True, "fit_temperatures": False}
+    calibrate(model, token_rows(23), make_collator(word_tokenizer()), show_progress=False, **goal)
+    batch = random_batch(LENGTHS)
+    promises.logger.addHandler(caplog.handler)
+    try:
+        model.predict(**batch, early_exit=True)
+        assert not caplog.records
+        model.predict(**batch, early_exit=True, skip_layers=False)
+        model.config.skip_threshold = 0.6
+        model.predict(**batch, early_exit=True)
+    finally:
+        promises.logger.removeHandler(caplog.handler)
+    said = sorted({record.getMessage().split(" (None")[0] for record in caplog.records})
+    promised = "The exit settings were promised for a skip threshold of 0.5, and it is"
+    assert said == [f"{promised} 0.6", f"{promised} None"]
+
+
+def test_the_comparison_counts_the_layers_that_ran(gated):
+    rows, collator = token_rows(12), make_collator(word_tokenizer())
+    records = collect_exit_logits(gated, rows, collator, show_progress=False)
+    plain = collect_exit_logits(gated, rows, collator, show_progress=False, skip_layers=False)
+    settings = ExitConfig(threshold=0.6)
+    contenders = [Contender("skip", gated, records, settings), Contender("exit", gated, plain, settings, False)]
+    skip, exit_ = report_rows(contenders, rows, collator, "single_label_classification")
+    for found, early in ((skip, None), (exit_, False)):
+        spent = []
+        for ids in rows["input_ids"]:
+            answer = gated.predict(torch.tensor([ids]), early_exit=settings, skip_layers=early)
+            at_128 = [128], [1, 2, 3, 4], answer.skipped_layers
+            spent.append(
+                [mean_flops(gated.config, answer.exit_layer, length, *at_128[1:]) for length in ([len(ids)], at_128[0])]
+            )
+        own, at_128 = torch.tensor(spent, dtype=torch.float64).mean(0).tolist()
+        assert (found.flops_per_row, found.flops_per_row_at_128) == pytest.approx((own, at_128))
+    assert skip.flops_per_row != exit_.flops_per_row
+
+
+@pytest.mark.parametrize("skip_layers", [None, True, False])
+def test_texts_are_answered_as_alone_and_say_how_many_layers_ran(gated, skip_layers):
+    texts, tokenizer = list(sentence_rows(30)["text"]), word_tokenizer()
+    settings = {"early_exit": 0.6, "skip_layers": skip_layers}
+    found = list(predict_texts(gated, tokenizer, texts, **settings, batch_size=4, show_progress=False))
+    for text, answer in zip(texts, found, strict=True):
+        alone = gated.predict(**tokenizer(text, return_tensors="pt"), **settings)
+        assert answer["exit_layer"] == alone.exit_layer.item()
+        assert answer["score"] == pytest.approx(alone.probabilities.max().item(), abs=1e-5)
+        if skip_layers is False:
+            assert "layers_run" not in answer
+        else:
+            skipped = alone.skipped_layers[0].sum().item()
+            assert answer["layers_run"] == answer["exit_layer"] - skipped
+    classify = CostEffClassificationPipeline(model=gated, tokenizer=tokenizer, device="cpu")
+    assert [{**answer, "score": 0} for answer in classify(texts, **settings)] == [{**a, "score": 0} for a in found]
+
+
+@pytest.mark.parametrize(("flags", "ran"), [([], True), (["--skip_layers", "false"], False)])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_the_command_writes_how_many_layers_ran(tmp_path, monkeypatch, ending, flags, ran):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    balance_gates(tiny_model(seed=3, **GATED)).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.txt").write_text("a good film\ndull\n")
+    output = tmp_path / f"answers{ending}"
+    assert (
+        main(
+            ["predict", str(tmp_path / "model"), "--file", str(tmp_path / "rows.txt"), "--output", str(output), *flags]
+        )
+        == 0
+    )
+    readers = {".csv": Dataset.from_csv, ".jsonl": Dataset.from_json, ".parquet": Dataset.from_parquet}
+    assert ("layers_run" in readers[ending](str(output)).column_names) is ran
+
+
+def test_skipping_is_not_asked_of_a_cascade():
+    cascade = CostEffCascade.from_members([tiny_model(), tiny_model(seed=1)])
+    with pytest.raises(ValueError, match="`skip_layers` is True, and no member of a cascade has gates"):
+        predict_texts(cascade, word_tokenizer(), ["a good film"], skip_layers=True)

@@ -58,15 +58,14 @@ class FirstTokenAttention(nn.Module):
             states: From [`FirstTokenAttention.states`], shape (batch, seq, size).
             padding_mask: 1 for real tokens, 0 for padding, shape (batch, seq); `None` where nothing is padded.
         """
-        heads = (len(states), self.num_heads, self.head_size)
-        query = self.query(states[:, 0]).view(heads).transpose(1, 2)
-        alone = torch.diag_embed(query, dim1=1, dim2=2).flatten(2)  # each head's query in its own columns, else 0
-        scores = torch.bmm(self.key(alone), states.transpose(1, 2)) * self.head_size**-0.5
+        by_head = (self.num_heads, self.head_size)
+        own = torch.eye(self.num_heads, dtype=states.dtype, device=states.device)[..., None]  # a head's own columns
+        query = (self.query(states[:, 0]).unflatten(-1, (1, *by_head)) * own).flatten(2)
+        scores = torch.bmm(self.key(query), states.transpose(1, 2)) * self.head_size**-0.5
         if padding_mask is not None:
             scores = scores.masked_fill(padding_mask[:, None] == 0, torch.finfo(scores.dtype).min)
         mixed = torch.bmm(self.dropout(scores.softmax(-1)), states)  # (batch, heads, size)
-        values = self.value(mixed).unflatten(-1, heads[1:])
-        return values.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # each head's values from its own columns
+        return (self.value(mixed).unflatten(-1, by_head) * own).sum(2).flatten(1)
 
 
 class LinearExitHead(nn.Module):

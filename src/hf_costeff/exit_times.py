@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor
 
 from .benchmarking import INT8, BenchmarkGrid, on_device, threads_set
 from .configuration_costeff import require_no_gates
@@ -99,10 +98,10 @@ def _nobody_leaves(regression: bool) -> ExitConfig:
 
 
 def _answer(
-    model: CostEffForSequenceClassification, batches: Sequence[Mapping[str, Tensor]], settings: ExitConfig | None
+    model: CostEffForSequenceClassification, batches: Sequence[Mapping[str, Any]], settings: ExitConfig | None
 ) -> None:
     for batch in batches:
-        model.predict(**batch, early_exit=False if settings is None else settings, skip_layers=None)
+        model.predict(**batch, early_exit=False if settings is None else settings)
 
 
 def choose_exits(

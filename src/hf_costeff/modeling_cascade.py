@@ -192,7 +192,7 @@ class CostEffCascade(CostEffPreTrainedModel):
         warn_if_void(self, None if settings is None else settings.calibration)
         return plan
 
-    def ask_member(self, member: int, inputs: dict[str, Tensor], full_depth: bool = False) -> tuple[Tensor, Tensor]:
+    def ask_member(self, member: int, inputs: dict[str, Any], full_depth: bool = False) -> tuple[Tensor, Tensor]:
         """What one member says of a batch. Call it inside [`inference`].
 
         Args:
@@ -205,7 +205,7 @@ class CostEffCascade(CostEffPreTrainedModel):
         """
         model = self.member(member - 1)
         if isinstance(model, CostEffForSequenceClassification):
-            prediction = model.predict(**inputs, early_exit=False if full_depth else None, skip_layers=None)
+            prediction = model.predict(**inputs, early_exit=False if full_depth else None)
             logits, exit_layer = prediction["logits"], prediction["exit_layer"]
         else:
             logits = model(**_accepted(model, inputs)).logits
