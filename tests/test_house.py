@@ -15,7 +15,7 @@ import torch
 from transformers.dynamic_module_utils import get_relative_imports
 
 import hf_costeff
-from helpers import random_batch, tiny_model
+from helpers import balance_gates, random_batch, tiny_model
 from hf_costeff import ExitConfig
 
 SOURCE = Path(hf_costeff.__file__).parent
@@ -217,9 +217,17 @@ print("answers alike")
 """
 
 
-def test_the_hub_files_answer_alike_where_the_package_is_not_installed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"packed_layers": PACKED},
+        {"skip_gates": "attention", "gate_size": 6, "exit_head": "attention", "exit_head_size": 8},
+    ],
+    ids=["packed", "gated"],
+)
+def test_the_hub_files_answer_alike_where_the_package_is_not_installed(tmp_path, monkeypatch, kind):
     """From the tier-0 files copied to an empty folder, and by `trust_remote_code` from beside the weights."""
-    model = tiny_model(exit_config=ExitConfig(threshold=0.8).to_dict(), packed_layers=PACKED)
+    model = balance_gates(tiny_model(exit_config=ExitConfig(threshold=0.8).to_dict(), **kind))
     model.save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     auto_map = {
