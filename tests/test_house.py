@@ -25,11 +25,12 @@ TIERS = {
     0: "configuration_costeff exit_criteria exit_heads encoder_layers exiting_rows hub promises modeling_outputs "
     "modeling_costeff pipeline_costeff skip_gates packed_linear configuration_cascade modeling_cascade",
     1: "augmentation conversion gating importance slenderization losses block_pruning packing efficiency calibration "
-    "calibration_goals exit_replay guarantees metrics group_outcomes exit_quality monitoring cascade_costs",
-    2: "markdown training_args block_training trainer checkpoints checksums mask_files data columns evaluation "
-    "recipes distillation compression_args stages compression block_compression report exit_report charts "
-    "prediction difficulty model_card onnx_runner export benchmarking benchmark_report exit_times cascade "
-    "cascade_training",
+    "calibration_goals exit_replay guarantees metrics group_outcomes exit_quality monitoring cascade_costs "
+    "skip_diagnostics",
+    2: "markdown training_args block_training skip_training trainer checkpoints checksums mask_files data columns "
+    "evaluation recipes distillation compression_args stages compression block_compression layer_skipping report "
+    "exit_report charts prediction difficulty model_card onnx_runner export benchmarking benchmark_report exit_times "
+    "cascade cascade_training",
     3: "commands cli",
 }
 TIER = {name: tier for tier, names in TIERS.items() for name in names.split()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -344,7 +345,7 @@ def test_the_tangent_of_the_skip_loss_touches_it_and_has_one_slope_for_all_parts
 
 def contrast_by_loops(states: list[Tensor], lengths: list[int], temperature: float) -> float:
     total = 0.0
-    for first, second in zip(states, states[1:], strict=False):
+    for first, second in pairwise(states):
         for row, length in enumerate(lengths):
             for token in range(length):
                 cosines = [

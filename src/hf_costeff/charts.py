@@ -11,9 +11,11 @@ from transformers.utils import logging
 from .evaluation import ReportRow
 from .exit_quality import CurvePoint, ExitQuality, ReliabilityBin
 from .exit_replay import ExitOutcome
+from .skip_diagnostics import SkipDiagnostics
 
 logger = logging.get_logger(__name__)
 COLUMNS = 3  # small charts side by side
+MOST_CLASSES, MOST_PATHS = 6, 10
 
 
 def draw_pareto_chart(path: Path, rows: Sequence[ReportRow], curve: Sequence[ExitOutcome], metric: str) -> bool:
@@ -105,6 +107,39 @@ def draw_reliability_chart(path: Path, qualities: Sequence[ExitQuality]) -> bool
     figure.axes[0].legend(fontsize=8)
     figure.supxlabel("confidence")
     figure.supylabel("share that is right")
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def draw_skip_chart(path: Path, skipping: SkipDiagnostics) -> bool:
+    """Share of the rows that skip each layer, over all and by class, and the commonest paths.
+
+    Args:
+        path: PNG to write.
+        skipping: Of the model on some rows.
+
+    Returns:
+        As [`draw_pareto_chart`].
+    """
+    figure = new_figure(9, 4.2)
+    if figure is None:
+        return False
+    by_layer, by_path = figure.subplots(1, 2)
+    layers = range(1, len(skipping.shares) + 1)
+    by_layer.bar(layers, skipping.shares, color="tab:gray", alpha=0.5, label="all rows")
+    for name, shares in list(skipping.class_shares.items())[:MOST_CLASSES]:
+        by_layer.plot(layers, shares, marker="o", markersize=4, label=name)
+    by_layer.set_xticks(layers)
+    by_layer.set_ylim(0, 1)
+    by_layer.set_xlabel("layer")
+    by_layer.set_ylabel("share of rows that skip it")
+    by_layer.legend(fontsize=8)
+    paths = list(skipping.paths.items())[:MOST_PATHS]
+    by_path.barh([layers_run or "none" for layers_run, _ in paths], [share for _, share in paths])
+    by_path.invert_yaxis()
+    by_path.set_xlim(0, 1)
+    by_path.set_xlabel("share of rows")
+    by_path.set_title(f"layers run: {len(skipping.paths)} paths", fontsize=9)
     figure.savefig(path, dpi=150)
     return True
 
