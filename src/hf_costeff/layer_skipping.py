@@ -137,7 +137,11 @@ class LayerSkippingResult:
     target_layers: float | None
 
     def describe(self) -> str:
-        """The result in words, with the table."""
+        """The result in words, with the table, and where the model is."""
+        return f"{self.summary()}\n\nThe model is in {self.model_path}."
+
+    def summary(self) -> str:
+        """The result in words, with the table; of no folder."""
         reference, last = self.rows[0], self.rows[-1]
         before, after = reference.metrics[self.metric], last.metrics[self.metric]
         lines = [
@@ -149,7 +153,7 @@ class LayerSkippingResult:
             lines.append(self.skipping.describe())
             if self.target_layers is not None:
                 lines.append(f"Asked for: {self.target_layers:g} layers. Reached: {self.skipping.layers_run:.2f}.")
-        return "\n".join(lines) + f"\n\n{format_table(self.rows, self.metric)}\n\nThe model is in {self.model_path}."
+        return "\n".join(lines) + f"\n\n{format_table(self.rows, self.metric)}"
 
 
 def train_layer_skipping(
@@ -399,7 +403,7 @@ class LayerSkipping:
             "hardware": describe_hardware(self.device),
         }
         (folder / REPORT).write_text(json.dumps(facts, indent=1))
-        (folder / "SUMMARY.md").write_text(f"# What came out\n\n{result.describe()}\n")
+        (folder / "SUMMARY.md").write_text(f"# What came out\n\n{result.summary()}\n")
         draw_pareto_chart(folder / "pareto.png", result.rows, curve, result.metric)
         if skipping is not None:
             draw_skip_chart(folder / "skipping.png", skipping)

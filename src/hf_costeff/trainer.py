@@ -496,11 +496,11 @@ class CostEffTrainer(ResumableTrainer):
             for layer, metrics in zip(self.model.config.exit_layers, by_exit, strict=True):
                 named[f"exit_{layer}_{name}"] = metrics[name]
         if skipping:
-            named |= self._skip_metrics(named, torch.tensor(np.stack(skipping[0], axis=1)))
+            named |= self._skip_metrics(by_exit[-1], torch.tensor(np.stack(skipping[0], axis=1)))
         return named
 
     def _skip_metrics(self, metrics: dict[str, float], chances: Tensor) -> dict[str, float]:
-        """Layers run by the probabilities of skipping, shape (rows, layers), and metrics held against the target."""
+        """Layers run by probabilities of skipping, shape (rows, layers), and metrics of the last exit on the target."""
         layers, target = chances.shape[1], self.args.target_layers
         run = float((chances < self.model.config.skip_threshold).sum(dim=1).float().mean())
         if target is None:
