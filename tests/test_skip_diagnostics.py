@@ -33,13 +33,17 @@ def test_layers_classes_and_paths_are_counted():
     assert set(found.class_shares) == {"dull", "bright"}  # no row is odd
     assert found.class_shares["dull"] == pytest.approx([0, 1 / 2, 0, 0])
     assert found.class_shares["bright"] == pytest.approx([1 / 3, 1, 1 / 3, 1 / 3])
-    assert list(found.paths.items())[0] == ("1 3 4", 3 / 5) and found.paths["1 2 3 4"] == found.paths[""] == 1 / 5
+    assert next(iter(found.paths.items())) == ("1 3 4", 3 / 5) and found.paths["1 2 3 4"] == found.paths[""] == 1 / 5
     assert "2.60 of 4 layers" in found.describe() and "3 different paths; 60%" in found.describe()
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
-    [([0, 1, 0, 1], "same path, layers 1 3: the gates are static"), ([0] * 4, "No row skips"), ([1] * 4, "Lower `skip")],
+    [
+        ([0, 1, 0, 1], "same path, layers 1 3: the gates are static"),
+        ([0] * 4, "No row skips"),
+        ([1] * 4, "Lower `skip"),
+    ],
 )
 def test_gates_that_do_not_look_at_the_row_are_said_to(row, said):
     assert said in diagnose_skipping(records([row] * 3), config()).describe()
@@ -63,4 +67,7 @@ def test_the_chart_is_drawn_and_the_report_of_a_gated_model_has_it(tmp_path):
     plain = records()
     whole = ExitLogits(plain.logits, plain.seq_lengths, plain.labels)
     ungated = tiny_config(exit_config={"criterion": "entropy", "threshold": 0.5})
-    assert "Layers skipped" not in write_exit_report(whole, ungated, "accuracy", tmp_path / "no", markdown=True).read_text()
+    assert (
+        "Layers skipped"
+        not in write_exit_report(whole, ungated, "accuracy", tmp_path / "no", markdown=True).read_text()
+    )

@@ -144,6 +144,7 @@ def test_projections_learn_are_averaged_over_accumulation_and_stay_out_of_the_mo
         start = weights(trainer.contrast.heads)
         trainer.train()
         end = weights(trainer.contrast.heads)
+        assert all(each.grad is None for each in trainer.contrast.heads.parameters())  # nothing is carried over
         assert all(not torch.equal(start[name], end[name]) for name in start if "weight" in name)
         trainer.save_model(str(tmp_path / "saved"))
         assert set(model.state_dict()) == names and not list((tmp_path / "saved").glob("contrastive*"))

@@ -377,7 +377,13 @@ class LayerSkipping:
         if self.trains_exits:
             goals = {name: getattr(self.arguments, name) for name in GOALS}
             settings = calibrate(
-                model, self.data.calibration, self.collator, metric=self.metric, trained_keys=self.train_keys, **goals
+                model,
+                self.data.calibration,
+                self.collator,
+                metric=self.metric,
+                fit_temperatures=False,
+                trained_keys=self.train_keys,
+                **goals,
             )
         contenders = self._contenders(model, settings)
         records = contenders[-1].records
