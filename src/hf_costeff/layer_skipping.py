@@ -191,6 +191,7 @@ class LayerSkipping:
         if missing and isinstance(given, CostEffForSequenceClassification):
             load_classifier(arguments.model)  # says what is missing
         self.given = prepared(given, self.device, self.bf16)
+        self.missing = missing
         self.can_answer = not missing
         self.teacher = None
         if arguments.teacher is not None:
@@ -271,7 +272,7 @@ class LayerSkipping:
             del settings[name]
         return {
             **settings,
-            "model_fingerprint": fingerprint_of(self.given) if self.can_answer else self.arguments.model,
+            "model_fingerprint": fingerprint_of(self.given, without=self.missing),
             "data_fingerprint": fingerprint(repr(row) for split in self.data.raw.values() for row in split),
         }
 
