@@ -31,8 +31,9 @@ from hf_costeff.charts import new_figure
 from hf_costeff.data import DataArguments
 from hf_costeff.evaluation import calibrate, collect_exit_logits, model_inputs
 from hf_costeff.exit_replay import ExitReplay
-from hf_costeff.layer_skipping import REPORT, LayerSkipping, LayerSkippingArguments
+from hf_costeff.layer_skipping import LayerSkipping, LayerSkippingArguments
 from hf_costeff.metrics import METRICS, paired_bootstrap
+from hf_costeff.report import SKIPPING
 from real_run import METRIC, SPLITS
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +71,7 @@ def train(given: argparse.Namespace) -> None:
                     continue
                 job = LayerSkipping(arguments(given, variant, target, seed), data(given))
                 result = job.run()
-                facts = json.loads((result.model_path / REPORT).read_text())
+                facts = json.loads((result.model_path / SKIPPING).read_text())
                 reference = None if variant == UNGATED else rows[f"{UNGATED}/free/{seed}"]
                 logits = Path(given.runs) / f"skip-{given.task}-ungated-{seed}.npy"
                 rows[name] = {"metric": job.metric, **measured(job, facts, reference, logits)}

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, BertModel
 from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import cli, layer_skipping
 from hf_costeff.layer_skipping import LayerSkippingArguments, train_layer_skipping
+from hf_costeff.report import drop_exit_figures
 
 SHORT = {"epochs": 0.5, "exit_epochs": 0.5, "batch_size": 8, "gates": "linear"}
 
@@ -56,6 +57,11 @@ def test_a_stock_classifier_becomes_one_that_skips_and_leaves(models, tmp_path):
     assert "Asked for: 2 layers." in summary and str(tmp_path) not in json.dumps(report) + summary
     assert (result.model_path / "pareto.png").exists() and (result.model_path / "skipping.png").exists()
     assert not [name for name in model.state_dict() if "contrast" in name]
+    assert drop_exit_figures(result.model_path) is False  # there is no card to make of it
+    report = json.loads((result.model_path / "layer_skipping.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["model as given", "all layers", "skipping"]
+    assert report["curve"] == [] == report["classes"] and not (result.model_path / "SUMMARY.md").exists()
+    assert (result.model_path / "skipping.png").exists()  # speaks of full depth
 
 
 def test_a_bare_encoder_gets_its_classes_from_the_rows(models, tmp_path):

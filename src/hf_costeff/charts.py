@@ -19,12 +19,12 @@ MOST_CLASSES, MOST_PATHS = 6, 10
 
 
 def draw_pareto_chart(path: Path, rows: Sequence[ReportRow], curve: Sequence[ExitOutcome], metric: str) -> bool:
-    """Metric against FLOPs: every contender as a point, and the slim model's early-exit curve.
+    """Metric against FLOPs: every contender as a point, and the last one's early-exit curve.
 
     Args:
         path: PNG to write.
-        rows: Contenders, the teacher first.
-        curve: The slim model at every threshold.
+        rows: Contenders, the reference first.
+        curve: The last one at every threshold; may be empty.
         metric: Shown on the vertical axis.
 
     Returns:
@@ -35,12 +35,9 @@ def draw_pareto_chart(path: Path, rows: Sequence[ReportRow], curve: Sequence[Exi
         return False
     axes = figure.add_subplot()
     ordered = sorted(curve, key=lambda point: point.flops_per_row)
-    axes.plot(
-        [point.flops_per_row / 1e6 for point in ordered],
-        [point.metric for point in ordered],
-        color="tab:blue",
-        label="slim, all thresholds",
-    )
+    flops = [point.flops_per_row / 1e6 for point in ordered]
+    if curve:
+        axes.plot(flops, [point.metric for point in ordered], color="tab:blue", label="all thresholds")
     for row, marker in zip(rows, "s^oD", strict=False):
         axes.scatter(row.flops_per_row / 1e6, row.metrics[metric], marker=marker, s=60, label=row.name, zorder=3)
     axes.set_xscale("log")

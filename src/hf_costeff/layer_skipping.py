@@ -28,19 +28,19 @@ from .data import DataArguments, make_collator, prepare_data
 from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
 from .evaluation import Contender, ReportRow, calibrate, collect_exit_logits, format_table, report_rows, row_keys
 from .exit_criteria import REGRESSION, ExitConfig
-from .exit_replay import ExitLogits
+from .exit_replay import ExitLogits, ExitReplay
 from .gating import add_skip_gates
+from .group_outcomes import class_outcomes
 from .metrics import check_metric, default_metric
 from .modeling_costeff import CostEffForSequenceClassification
 from .recipes import Phase
-from .report import describe_hardware
+from .report import SKIPPING, describe_hardware
 from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
 from .skip_training import check_target_layers
 from .stages import StageStore
 from .trainer import CostEffTrainer
 from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
 
-REPORT = "layer_skipping.json"
 NO_GATES = "none"
 GOALS = ("max_metric_drop", "target_speedup")
 OF_EXITS = ("exit_epochs", "exit_learning_rate", "exit_contrastive_weight", "exit_contrastive_temperature")
@@ -393,24 +393,24 @@ class LayerSkipping:
         result = LayerSkippingResult(folder, rows, self.metric, skipping, self.arguments.target_layers)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        curve = exit_curve(records, model.config, self.metric) if self.trains_exits else []
-        self._write(result, curve, settings)
-        return result
-
-    def _write(self, result: LayerSkippingResult, curve: list[Any], settings: ExitConfig | None) -> None:
-        folder, skipping = result.model_path, result.skipping
+        curve, outcomes = [], []
+        if settings is not None:
+            curve = exit_curve(records, model.config, self.metric)
+            outcomes = class_outcomes(ExitReplay(records, model.config), settings)
         facts = {
-            "metric": result.metric,
-            "rows": [dataclasses.asdict(row) for row in result.rows],
+            "metric": self.metric,
+            "rows": [dataclasses.asdict(row) for row in rows],
             "curve": [dataclasses.asdict(point) for point in curve],
             "skipping": None if skipping is None else dataclasses.asdict(skipping),
             "target_layers": result.target_layers,
             "exit_config": None if settings is None else settings.to_dict(),
+            "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
             "data": self.data.summary(),
             "hardware": describe_hardware(self.device),
         }
-        (folder / REPORT).write_text(json.dumps(facts, indent=1))
+        (folder / SKIPPING).write_text(json.dumps(facts, indent=1))
         (folder / "SUMMARY.md").write_text(f"# What came out\n\n{result.summary()}\n")
-        draw_pareto_chart(folder / "pareto.png", result.rows, curve, result.metric)
+        draw_pareto_chart(folder / "pareto.png", rows, curve, self.metric)
         if skipping is not None:
             draw_skip_chart(folder / "skipping.png", skipping)
+        return result
