@@ -23,10 +23,12 @@ from hf_costeff.calibration import (
     exit_curve,
     fit_temperatures,
 )
+from hf_costeff.efficiency import mean_flops
 from hf_costeff.exit_criteria import ExitConfig, simulate_exits
 from hf_costeff.exit_replay import ExitLogits, ExitOutcome, ExitReplay, ExitTimes
 from hf_costeff.guarantees import split_rows
 
+GATED = tiny_config(skip_gates="linear")
 choose = partial(choose_exit_config, search=ExitSearch(fit_temperatures=False))  # thresholds worked by hand
 
 CONFIG = tiny_config(num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=2)
@@ -552,6 +554,113 @@ def test_with_one_threshold_per_exit_the_share_of_losers_at_each_exit_keeps_to_t
     exits = simulate_exits(records.logits, path[1], DEEP.exit_layers, SINGLE)  # the first level is 0: no flip at all
     assert torch.bincount(exits, minlength=4).tolist()[:3] == plain_per_exit(records, 0.0)
     assert len({*path[60].threshold[:3]}) > 1 and len(path[60].threshold) == 4
+
+
+# --- rows that skip layers
+
+
+def skipping(rows: int, seed: int = 0) -> ExitLogits:
+    """As `population`, every layer skipped by about a third of the rows."""
+    skipped = torch.rand(rows, 4, generator=torch.Generator().manual_seed(seed + 1)) < 1 / 3
+    return dataclasses.replace(population(rows, seed), skipped=skipped)
+
+
+def plain_exit(records: ExitLogits, row: int, settings: ExitConfig) -> int:
+    """0-based exit of one row, exit by exit."""
+    rule = settings.build_criterion(4, SINGLE)
+    for exit in range(3):
+        asked = settings.is_checked(exit + 1) and not records.skipped[row, exit]
+        if asked and rule.leaves(records.logits[row : row + 1, exit : exit + 1], exit):
+            return exit
+    return 3
+
+
+@pytest.mark.parametrize("per_exit", [False, True])
+@pytest.mark.parametrize("criterion", ["entropy", "entropy_nats", "confidence", "margin"])
+def test_rows_leave_only_at_exits_behind_layers_that_they_run_and_no_later_under_bolder_settings(criterion, per_exit):
+    records = skipping(150)
+    replay = ExitReplay(records, GATED)
+    losses = replay.losses("max_disagreement") if per_exit else None
+    path = candidate_settings(records, GATED, criterion, temperatures=[0.5, 1.0, 2.0, 1.0], losses=losses)
+    exits = torch.stack([replay.at(settings).exit_index for settings in path])
+    for position in (*range(0, len(path), 25), -1):
+        assert exits[position].tolist() == [plain_exit(records, row, path[position]) for row in range(150)]
+    assert (exits[1:] <= exits[:-1]).all() and (exits[0] == 3).all()
+    ran = ~records.skipped[:, :3]
+    first = torch.where(ran.any(1), ran.int().argmax(1), 3)
+    assert torch.equal(exits[-1], first)
+
+
+def test_a_threshold_per_exit_keeps_to_the_level_among_the_rows_that_the_exit_is_asked_about():
+    records = skipping(200)
+    path = candidate_settings(records, GATED, "entropy", losses=ExitReplay(records, GATED).losses("max_disagreement"))
+    entropies = torch.distributions.Categorical(logits=records.logits.double()).entropy()
+    answers, remaining, left = records.logits.argmax(-1), set(range(200)), []
+    for exit in range(3):  # the first level is 0: no flip at all
+        asked = sorted(
+            (row for row in remaining if not records.skipped[row, exit]), key=lambda row: entropies[row, exit]
+        )
+        flips = [bool(answers[row, exit] != answers[row, 3]) for row in asked]
+        leaving = asked[: flips.index(True)] if True in flips else asked
+        remaining -= set(leaving)
+        left.append(len(leaving))
+    found = torch.bincount(ExitReplay(records, GATED).at(path[1]).exit_index, minlength=4).tolist()
+    assert found[:3] == left and min(left) > 0
+
+
+def test_an_exits_temperature_is_fitted_to_the_rows_that_it_is_asked_about():
+    records = population(300)
+    asked = torch.rand(300, 4, generator=torch.Generator().manual_seed(3)) < 0.5
+    asked[:, 2] = torch.arange(300) < 19  # too few
+    found = fit_temperatures(records, SINGLE, asked.numpy())
+    for exit in (0, 1, 3):
+        own = asked[:, exit]
+        alone = ExitLogits(records.logits[own, exit : exit + 1], records.seq_lengths[own], records.labels[own])
+        assert found[exit] == fit_temperatures(alone, SINGLE)[0]
+    assert found[2] == 1.0 != fit_temperatures(records, SINGLE)[2]
+
+
+@pytest.mark.parametrize(
+    "goal", [{"max_disagreement": 5.0}, {"max_accuracy_drop": 2.0}, {"target_speedup": 1.2}], ids=str
+)
+@pytest.mark.parametrize("per_exit", [False, True])
+def test_what_is_chosen_and_seen_is_of_the_rows_own_paths(goal, per_exit):
+    records = skipping(300)
+    settings = choose_exit_config(records, GATED, "accuracy", search=ExitSearch(per_exit=per_exit), **goal)
+    exits = torch.tensor([plain_exit(records, row, settings) for row in range(300)])
+    seen, answers = settings.calibration, records.logits.argmax(-1)
+    early, full = answers[torch.arange(300), exits], answers[:, -1]
+    assert seen["disagreement"] == pytest.approx((early != full).float().mean().item())
+    assert seen["early_exit"] == pytest.approx((early == records.labels).float().mean().item())
+    assert seen["mean_exit_layer"] == pytest.approx((exits + 1).float().mean().item())
+    asked = [layer for layer in (1, 2, 3) if settings.is_checked(layer)] + [4]
+    spent = [
+        mean_flops(GATED, layers, records.seq_lengths, own, records.skipped)
+        for layers, own in ((torch.full((300,), 4), [4]), (exits + 1, asked))
+    ]
+    assert seen["speedup_over_full_depth"] == pytest.approx(spent[0] / spent[1])
+    assert seen["skip_threshold"] == 0.5
+    assert seen["speedup_over_full_depth"] >= goal.get("target_speedup", 1.05)
+
+
+def test_a_promise_counts_the_losses_of_the_rows_own_paths():
+    records = skipping(3000)
+    settings = choose_exit_config(records, GATED, "accuracy", max_disagreement=5.0, guarantee=True)
+    promise, (_, testing) = settings.calibration["promise"], split_rows(records.row_keys)
+    held = records.select(testing)
+    exits = torch.tensor([plain_exit(held, row, settings) for row in range(len(testing))])
+    answers = held.logits.argmax(-1)
+    assert promise["flips"] == int((answers[torch.arange(len(testing)), exits] != answers[:, -1]).sum()) > 0
+
+
+def test_a_gated_model_is_not_calibrated_by_time_or_by_patience():
+    times = ExitTimes([1.0, 2.0, 3.0, 4.0], 0.1, batch_size=1, threads=1, precision="float32", hardware={})
+    with pytest.raises(ValueError, match="Calibrating by time needs a model whose rows all run the same layers"):
+        choose_exit_config(skipping(100), GATED, "accuracy", max_latency_ms=3.0, exit_times=times)
+    with pytest.raises(ValueError, match="The patience criterion compares"):
+        choose_exit_config(
+            skipping(100), GATED, "accuracy", max_disagreement=3.0, search=ExitSearch(criterion="patience")
+        )
 
 
 THREE = tiny_config(num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2)

@@ -209,10 +209,17 @@ def test_a_hundred_thousand_label_names_are_taken_and_one_more_is_not():
         tiny_config(num_labels=100_000, id2label=dict.fromkeys(range(100_001), "name"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"embedding_rank": 5}, {"exit_layers": [2, 4]}, {"type_vocab_size": 0}])
-def test_the_weights_that_are_limited_are_those_of_every_matrix(changes, monkeypatch):
-    matrices = [weight for weight in CostEffModel(tiny_config(**changes)).parameters() if weight.dim() == 2]
-    count = sum(weight.numel() for weight in matrices)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({}, {"embedding_rank": 5}, {"exit_layers": [2, 4]}, {"type_vocab_size": 0}, {"skip_gates": "linear"}),
+        {"skip_gates": "attention", "gate_size": 6, "exit_head": "attention", "exit_head_size": 8},
+    ],
+)
+def test_the_weights_that_are_limited_are_those_of_every_matrix_and_all_of_heads_and_gates(changes, monkeypatch):
+    parameters = CostEffModel(tiny_config(**changes)).named_parameters()
+    counted = [p for name, p in parameters if p.dim() == 2 or name.startswith(("exits.", "gates."))]
+    count = sum(weight.numel() for weight in counted)
     monkeypatch.setattr("hf_costeff.configuration_costeff.MAX_WEIGHTS", count)
     tiny_config(**changes)
     monkeypatch.setattr("hf_costeff.configuration_costeff.MAX_WEIGHTS", count - 1)

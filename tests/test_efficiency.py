@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -46,16 +47,23 @@ CONFIGS = {
     "factorised embedding": UNEVEN | {"embedding_rank": 5},
     "some exits": UNEVEN | {"exit_layers": [2, 5]},
     "no token types": UNEVEN | {"type_vocab_size": 0, "embedding_rank": 24},
+    "linear gates": UNEVEN | {"skip_gates": "linear"},
+    "attention gates": UNEVEN | {"skip_gates": "attention", "gate_size": 6},
+    "attention heads": UNEVEN | {"exit_head": "attention", "exit_head_size": 8, "exit_layers": [2, 5]},
 }
 all_configs = pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
 
 SLIM_BERT = {"num_attention_heads": 2, "intermediate_size": 256, "embedding_rank": 128}
 
 
-def build(config: CostEffConfig) -> CostEffForSequenceClassification:
+def build(config: CostEffConfig, skipped: Sequence[int] = ()) -> CostEffForSequenceClassification:
+    """A model whose gates skip these layers and no other."""
     torch.manual_seed(0)
     config._attn_implementation = "eager"  # torch's counter sees the attention products as plain matrix products
-    return CostEffForSequenceClassification(config).eval().requires_grad_(False)
+    model = CostEffForSequenceClassification(config).eval().requires_grad_(False)
+    for layer, gate in enumerate(model.costeff.gates, start=1):
+        gate.decision.bias.fill_(9.0 if layer in skipped else -9.0)
+    return model
 
 
 def counted_flops(function) -> int:
@@ -91,6 +99,35 @@ def test_a_row_that_leaves_costs_what_torch_counts_up_to_its_exit(checked: list[
         settings = ExitConfig(threshold=threshold, checked_exits=checked)
         assert int(model.predict(input_ids, early_exit=settings).exit_layer) == leave_at
         assert spent[leave_at - 1] == counted_flops(lambda s=settings: model.predict(input_ids, early_exit=s))
+
+
+@pytest.mark.parametrize("skipped", [[], [1], [2, 3], [5], [1, 2, 3, 4, 5]], ids=str)
+@pytest.mark.parametrize("form", ["linear gates", "attention gates"])
+def test_a_row_that_skips_layers_costs_what_torch_counts(form: str, skipped: list[int]) -> None:
+    config = CostEffConfig(**CONFIGS[form], exit_head="attention", exit_head_size=8)
+    model, input_ids = build(config, skipped), torch.ones(1, SEQ, dtype=torch.long)
+    for checked in ([], [2, 4], [1, 2, 3, 4]):
+        never = ExitConfig(threshold=1e-9, checked_exits=checked)
+        found = model.predict(input_ids, early_exit=never)
+        counted = counted_flops(lambda s=never: model.predict(input_ids, early_exit=s))
+        assert cumulative_flops(config, SEQ, checked, skipped)[-1] == counted
+        assert mean_flops(config, found.exit_layer, SEQ, checked, found.skipped_layers) == counted
+        counted = counted_flops(lambda s=never: model.predict(input_ids, early_exit=s, skip_layers=False))
+        assert cumulative_flops(config, SEQ, checked, None)[-1] == mean_flops(config, [5], SEQ, checked) == counted
+
+
+def test_rows_on_paths_of_their_own_cost_what_torch_counts() -> None:
+    config = CostEffConfig(**CONFIGS["attention gates"])
+    model, checked = build(config, [2]), [1, 2, 3, 4]
+    for gate in model.costeff.gates:
+        gate.decision.weight.normal_()
+        gate.decision.bias.zero_()
+    rows = torch.randint(1, 40, (12, SEQ), generator=torch.Generator().manual_seed(0))
+    settings = ExitConfig(threshold=0.999, checked_exits=checked)
+    found = model.predict(rows, early_exit=settings)
+    counted = sum(counted_flops(lambda r=row: model.predict(r[None], early_exit=settings)) for row in rows)
+    assert mean_flops(config, found.exit_layer, SEQ, checked, found.skipped_layers) == counted / 12
+    assert len({tuple(path) for path in found.skipped_layers.tolist()}) > 2 and len(set(found.exit_layer.tolist())) > 1
 
 
 def test_padding_counts_as_run() -> None:
@@ -151,7 +188,7 @@ def test_stock_flops_equal_torchs_count_of_the_stock_classifier(family: str) -> 
 def test_parts_worked_by_hand() -> None:
     config = CostEffConfig(**UNEVEN, embedding_rank=5)
     assert embedding_flops(config, 10) == 2 * 10 * 5 * 24
-    assert exit_head_flops(config) == 2 * 24 * 3
+    assert exit_head_flops(config, 7) == 2 * 24 * 3
     # layer 3: one head of 8, no neurons: q, k, v, output, then two products of 10 x 10 x 8
     assert layer_flops(config, 3, 10) == 2 * (4 * 10 * 24 * 8 + 2 * 10 * 10 * 8)
     # layer 2: no heads, 16 neurons

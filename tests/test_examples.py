@@ -29,6 +29,7 @@ import demo
 import export_onnx
 import lora
 import push
+import skip_layers
 import train_with_trainer
 from demo_corpus import LABEL_NAMES, make_corpus, train_tokenizer
 from hf_costeff import ExitConfig, convert_from_stock
@@ -95,6 +96,7 @@ EXAMPLES = [
     export_onnx,
     lora,
     push,
+    skip_layers,
     train_with_trainer,
 ]
 
@@ -173,6 +175,25 @@ def test_a_model_is_pruned_at_two_ratios_after_one_penalised_run(teacher, monkey
     assert all(text in printed for text in TEXTS)
     stages = sorted(path.name.split("-")[0] for path in (teacher / "packed" / "stages").iterdir() if path.is_dir())
     assert stages == ["penalty", "prune", "prune", "retrain", "retrain"]
+
+
+def test_a_model_learns_to_skip_layers_and_tells_which_ran(teacher, monkeypatch, capsys):
+    (teacher / "named.csv").write_text((teacher / "rows.csv").read_text().replace("opinion,verdict", "text,label", 1))
+    run(
+        monkeypatch,
+        skip_layers,
+        model=[teacher / "teacher"],
+        train_file=[teacher / "named.csv"],
+        target_layers=[1.5],
+        gates=["linear"],
+        epochs=[0.25],
+        exit_epochs=[0.25],
+        output_dir=[teacher / "skipping"],
+        texts=TEXTS,
+    )
+    printed = capsys.readouterr().out
+    assert "Asked for: 1.5 layers." in printed and "skipping and early exit" in printed
+    assert printed.count("left after") == len(TEXTS)
 
 
 @pytest.fixture

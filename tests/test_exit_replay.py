@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import hypothesis
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import random_batch, tiny_config, tiny_model
+from helpers import balance_gates, random_batch, tiny_config, tiny_model
 from hf_costeff import ExitConfig
 from hf_costeff.efficiency import mean_flops
 from hf_costeff.exit_criteria import answer_confidence, probabilities, simulate_exits
@@ -76,6 +77,46 @@ def test_the_confidence_is_that_of_predict(problem_type):
         assert found is None and predicted.confidence is None
     else:
         torch.testing.assert_close(found, predicted.confidence)
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "entropy_nats", "confidence", "margin"])
+@pytest.mark.parametrize("checked", [None, [1, 3], [2]])
+def test_a_gated_model_is_replayed_row_by_row_as_it_predicts(criterion, checked):
+    """Where a row leaves, what it answers, and what it costs at its own length."""
+    model = balance_gates(tiny_model(seed=3, skip_gates="linear", exit_pooling="mean"))
+    lengths = [2 + row % 10 for row in range(40)]
+    batch = random_batch(lengths)
+    with torch.no_grad():
+        outputs = model(**batch)
+    skipped = torch.stack(outputs.skip_probabilities, 1) >= 0.5
+    records = ExitLogits(torch.stack(outputs.exit_logits, 1), torch.tensor(lengths), skipped=skipped)
+    replay, seen = ExitReplay(records, model.config), set()
+    for threshold in (0.0, 0.3, 0.6, 0.9, 1.0):
+        settings = ExitConfig(criterion, threshold=threshold, checked_exits=checked)
+        predicted, replayed = model.predict(**batch, early_exit=settings), replay.at(settings)
+        assert torch.equal(predicted.exit_layer, replayed.exit_layer)
+        torch.testing.assert_close(predicted.logits, replayed.logits, atol=1e-5, rtol=1e-5)
+        cost = mean_flops(model.config, predicted.exit_layer, lengths, replayed.asked, predicted.skipped_layers)
+        assert replayed.mean_flops == pytest.approx(cost)
+        path = replay.along(ThresholdPath(settings, [threshold]))[0]
+        assert path.mean_costs(replay.flops)[0] == pytest.approx(cost)
+        seen |= set(replayed.exit_layer.tolist())
+    assert len(seen) > (1 if checked == [2] else 2)
+    full = model.predict(**batch, early_exit=False)
+    cost = mean_flops(model.config, full.exit_layer, lengths, [4], full.skipped_layers)
+    assert replay.full_depth.mean_flops == pytest.approx(cost)
+
+
+def test_rows_that_skip_keep_their_paths_when_some_are_selected():
+    records = dataclasses.replace(rows_of(0), skipped=torch.rand(60, 4) > 0.5)
+    chosen = records.select(np.array([5, 2]))
+    assert torch.equal(chosen.skipped, records.skipped[[5, 2]])
+
+
+def test_patience_is_refused_where_rows_skip_layers():
+    records = dataclasses.replace(rows_of(0), skipped=torch.zeros(60, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="The patience criterion compares"):
+        ExitReplay(records, tiny_config(skip_gates="linear")).at(ExitConfig("patience", patience=1))
 
 
 def test_lost_counts_the_rows_that_lose_where_they_leave():

@@ -19,7 +19,7 @@ def rows_of(mask, depth=1, first_number=0, seen=None) -> RunningRows:
     ends, counts = ends_and_counts(mask, *mask.shape)
     numbers = list(range(first_number, first_number + len(mask)))
     places = torch.tensor([[[number, column] for column in range(mask.shape[1])] for number in numbers])
-    return RunningRows(numbers, ends, counts, places.float(), mask, depth, seen)
+    return RunningRows(numbers, ends, counts, places.float(), mask, [()] * len(numbers), depth, seen)
 
 
 def test_the_batch_is_as_long_as_its_longest_row():

@@ -15,21 +15,22 @@ import torch
 from transformers.dynamic_module_utils import get_relative_imports
 
 import hf_costeff
-from helpers import random_batch, tiny_model
+from helpers import balance_gates, random_batch, tiny_model
 from hf_costeff import ExitConfig
 
 SOURCE = Path(hf_costeff.__file__).parent
 
 # Imports point down only: a file may import files of its own tier or a lower one.
 TIERS = {
-    0: "configuration_costeff exit_criteria exit_heads encoder_layers exiting_rows hub promises modeling_costeff "
-    "pipeline_costeff skip_gates packed_linear configuration_cascade modeling_cascade",
-    1: "augmentation conversion importance slenderization losses block_pruning packing efficiency calibration "
-    "exit_replay guarantees metrics group_outcomes exit_quality monitoring cascade_costs",
-    2: "markdown training_args block_training trainer checkpoints checksums mask_files data columns evaluation "
-    "recipes distillation compression_args stages compression block_compression report exit_report charts "
-    "prediction difficulty model_card onnx_runner export benchmarking benchmark_report exit_times cascade "
-    "cascade_training",
+    0: "configuration_costeff exit_criteria exit_heads encoder_layers exiting_rows hub promises modeling_outputs "
+    "modeling_costeff pipeline_costeff skip_gates packed_linear configuration_cascade modeling_cascade",
+    1: "augmentation conversion gating importance slenderization losses block_pruning packing efficiency calibration "
+    "calibration_goals exit_replay guarantees metrics group_outcomes exit_quality monitoring cascade_costs "
+    "skip_diagnostics",
+    2: "markdown training_args block_training skip_training trainer checkpoints checksums mask_files data columns "
+    "evaluation recipes distillation compression_args stages compression block_compression layer_skipping report "
+    "exit_report charts prediction difficulty model_card onnx_runner export benchmarking benchmark_report exit_times "
+    "cascade cascade_training",
     3: "commands cli",
 }
 TIER = {name: tier for tier, names in TIERS.items() for name in names.split()}
@@ -217,9 +218,17 @@ print("answers alike")
 """
 
 
-def test_the_hub_files_answer_alike_where_the_package_is_not_installed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"packed_layers": PACKED},
+        {"skip_gates": "attention", "gate_size": 6, "exit_head": "attention", "exit_head_size": 8},
+    ],
+    ids=["packed", "gated"],
+)
+def test_the_hub_files_answer_alike_where_the_package_is_not_installed(tmp_path, monkeypatch, kind):
     """From the tier-0 files copied to an empty folder, and by `trust_remote_code` from beside the weights."""
-    model = tiny_model(exit_config=ExitConfig(threshold=0.8).to_dict(), packed_layers=PACKED)
+    model = balance_gates(tiny_model(exit_config=ExitConfig(threshold=0.8).to_dict(), **kind))
     model.save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     auto_map = {

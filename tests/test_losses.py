@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from hf_costeff.losses import (
+    cross_layer_contrastive_loss,
     difficulty_loss,
     importance_loss,
     representation_loss,
+    skip_loss,
     soft_label_loss,
     task_loss,
     weighted_sum,
@@ -311,3 +314,69 @@ def test_difficulty_of_several_labels_is_that_of_the_least_sure_one():
     assert float(found) == pytest.approx(0.5 - float(sure[0] - sure[1]), rel=1e-5)
     with pytest.raises(ValueError, match="no confidence"):
         difficulty_loss([torch.randn(2, 1)], torch.tensor([0, 1]), REGRESSION)
+
+
+# --- skipping
+
+
+def random_gates(seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(BATCH, generator=generator) for _ in range(EXITS)]
+
+
+def test_the_skip_loss_is_the_reciprocal_of_the_layers_skipped_on_average():
+    gates = random_gates()
+    total = sum(sum(layer.tolist()) / BATCH for layer in gates)
+    assert skip_loss(gates).item() == pytest.approx(1 / total, rel=1e-5)
+    assert skip_loss([torch.ones(BATCH)] * 12).item() == pytest.approx(1 / 12)
+
+
+def test_the_tangent_of_the_skip_loss_touches_it_and_has_one_slope_for_all_parts_of_a_batch():
+    gates = [layer.requires_grad_() for layer in random_gates()]
+    total = sum(layer.mean().item() for layer in gates)
+    assert skip_loss(gates, around=total).item() == pytest.approx(skip_loss(gates).item(), rel=1e-5)
+    whole = torch.autograd.grad(skip_loss(gates), gates)
+    for wanted, found in zip(whole, torch.autograd.grad(skip_loss(gates, around=total), gates), strict=True):
+        torch.testing.assert_close(found, wanted)
+    parts = (skip_loss([layer[rows] for layer in gates], around=total) * len(rows) for rows in ([0, 1, 2], [3, 4]))
+    for wanted, found in zip(whole, torch.autograd.grad(sum(parts) / BATCH, gates), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def contrast_by_loops(states: list[Tensor], lengths: list[int], temperature: float) -> float:
+    total = 0.0
+    for first, second in pairwise(states):
+        for row, length in enumerate(lengths):
+            for token in range(length):
+                cosines = [
+                    torch.cosine_similarity(first[row, token], second[row, other], dim=0).item() / temperature
+                    for other in range(length)
+                ]
+                total -= log_softmax(cosines)[token] / length / len(lengths)
+    return total
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_contrastive_loss_compares_real_tokens_of_one_text_at_adjacent_depths(temperature):
+    generator = torch.Generator().manual_seed(0)
+    states, lengths = [torch.randn(3, 6, 4, generator=generator) for _ in range(4)], [6, 3, 1]
+    mask = (torch.arange(6)[None] < torch.tensor(lengths)[:, None]).long()
+    expected = contrast_by_loops(states, lengths, temperature)
+    assert cross_layer_contrastive_loss(states, mask, temperature).item() == pytest.approx(expected, rel=1e-5)
+    unpadded = contrast_by_loops(states, [6, 6, 6], temperature)
+    assert cross_layer_contrastive_loss(states, None, temperature).item() == pytest.approx(unpadded, rel=1e-5)
+
+
+def test_texts_of_one_token_and_single_depths_have_no_contrast_and_finite_gradients():
+    states = [torch.randn(2, 5, 4, requires_grad=True) for _ in range(3)]
+    mask = torch.tensor([[1, 0, 0, 0, 0]] * 2)
+    loss = cross_layer_contrastive_loss(states, mask)
+    assert loss.item() == 0
+    assert all(torch.equal(grad, torch.zeros(2, 5, 4)) for grad in torch.autograd.grad(loss, states))
+    assert cross_layer_contrastive_loss(states[:1], mask).item() == 0
+
+
+def test_padding_gets_no_gradient_from_the_contrastive_loss():
+    states = [torch.randn(1, 4, 3, requires_grad=True) for _ in range(2)]
+    grads = torch.autograd.grad(cross_layer_contrastive_loss(states, torch.tensor([[1, 1, 0, 0]])), states)
+    assert all(grad[0, :2].abs().min() > 0 and torch.equal(grad[0, 2:], torch.zeros(2, 3)) for grad in grads)

@@ -310,7 +310,8 @@ def test_a_batch_is_made_of_those_who_wait_longest_and_never_too_large(model, to
 
 
 def group(first: int, count: int) -> RunningRows:
-    return RunningRows(list(range(first, first + count)), [2] * count, [2] * count, torch.zeros(count, 2, 3), None)
+    numbers = list(range(first, first + count))
+    return RunningRows(numbers, [2] * count, [2] * count, torch.zeros(count, 2, 3), None, [()] * count)
 
 
 def test_chunks_keep_what_was_read_before_a_failure():

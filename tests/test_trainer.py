@@ -245,6 +245,14 @@ def one_teacher_step(folder: Path, **changes) -> TeacherTrainer:
     )
 
 
+def one_step_of_gates(folder: Path, **changes) -> CostEffTrainer:
+    """Two of them, so that the second stands on what the first counted; projections of the contrasts learn too."""
+    gated = tiny_model(skip_gates="linear", exit_pooling="mean", **NO_DROPOUT)
+    parts = {"target_layers": 2.0, "contrastive_weight": 0.5, "hard_gate_ratio": 0.5}
+    settings = {**SGD, **parts, "max_steps": 2, **changes}
+    return make_trainer(folder, gated, rows=token_rows(16), **settings)
+
+
 def in_two_processes(folder: Path, trainer: str) -> dict:
     """Weights and first log after training what the function of that name makes, half of each batch per process."""
     paths = [str(Path(__file__).parent), str(Path(hf_costeff.__file__).parents[1])]
@@ -263,6 +271,17 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     alone = one_distillation_step(tmp_path / "one", per_device_train_batch_size=8)
     alone.train()
     for part in PARTS:
+        assert found["log"][part] == pytest.approx(alone.state.log_history[0][part], abs=2e-4)
+
+
+def test_gates_learn_the_same_in_two_processes_as_in_one(tmp_path):
+    found = in_two_processes(tmp_path, "one_step_of_gates")
+    alone = one_step_of_gates(tmp_path / "one", per_device_train_batch_size=8)
+    before = weights(alone.model)
+    alone.train()
+    assert_same_weights(found["weights"], weights(alone.model), rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in found["weights"].items() if "gates" in name)
+    for part in ("skip_loss", "contrastive_loss", "layers_run", "skip_weight"):
         assert found["log"][part] == pytest.approx(alone.state.log_history[0][part], abs=2e-4)
 
 

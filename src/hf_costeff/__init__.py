@@ -23,6 +23,7 @@ from .exit_criteria import (
     MarginCriterion,
     PatienceCriterion,
 )
+from .gating import add_skip_gates
 from .modeling_cascade import CostEffCascade
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
 from .packing import choose_layouts, pack, unpack
@@ -63,6 +64,7 @@ __all__ = [
     "MaskedTraining",
     "PatienceCriterion",
     "SlenderizationPlan",
+    "add_skip_gates",
     "calibrate",
     "choose_layouts",
     "compress",

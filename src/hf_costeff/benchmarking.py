@@ -355,10 +355,13 @@ def _in_int8(
         )
 
     slims = [
-        OnnxContender(name, model, NOTHING, own, partial(segments, early_exit=False if own is None else own.to_dict()))
+        OnnxContender(
+            *(name, model, NOTHING, own),
+            answer_batch=partial(segments, early_exit=False if own is None else own.to_dict()),
+        )
         for name, own in settings.items()
     ]
-    return [OnnxContender(TEACHER, teacher, NOTHING, None, one_graph), *slims]
+    return [OnnxContender(TEACHER, teacher, NOTHING, answer_batch=one_graph), *slims]
 
 
 def rows_of_length(dataset: Dataset, length: int, count: int) -> list[dict[str, Any]]:
@@ -451,10 +454,14 @@ def _spent(contender: Contender, batches: Sequence[Mapping[str, Tensor]]) -> tup
     if not isinstance(contender.model, CostEffForSequenceClassification):
         flops = {length: stock_flops(config, length) for length in set(lengths)}
         return (0.0,) * (depth - 1) + (1.0,), statistics.mean(flops[length] for length in lengths)
-    layers = torch.cat([contender.answer(batch).exit_layer.cpu() for batch in batches])
+    found = [contender.answer(batch) for batch in batches]
+    layers = torch.cat([prediction.exit_layer.cpu() for prediction in found])
+    skipped = None
+    if found[0].skipped_layers is not None:
+        skipped = torch.cat([prediction.skipped_layers.cpu() for prediction in found])
     stops = ExitPlan.make(contender.settings, config.exit_layers, config.resolved_problem_type).stops
     shares = (torch.bincount(layers, minlength=depth + 1)[1:] / len(layers)).tolist()
-    return tuple(shares), mean_flops(config, layers, lengths, stops)
+    return tuple(shares), mean_flops(config, layers, lengths, stops, skipped)
 
 
 def matmul_peak(device: str, precision: str) -> float:

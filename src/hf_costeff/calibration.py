@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from .configuration_cascade import CostEffCascadeConfig
+from .calibration_goals import BUDGETS, GOALS, check_goal
 from .exit_criteria import (
     CRITERIA,
     MULTI_LABEL,
@@ -39,7 +39,7 @@ from .exit_replay import (
     ThresholdPath,
 )
 from .guarantees import last_safe, p_value, rows_needed, sample_needed, split_rows, zero_loss_rows
-from .metrics import LOWER_IS_BETTER, METRICS, check_metric, paired_bootstrap, worse_by
+from .metrics import LOWER_IS_BETTER, METRICS, paired_bootstrap, worse_by
 
 SHARES = np.linspace(0.005, 1.0, 200)
 GRID = tuple(step / 200 for step in range(201))
@@ -48,18 +48,16 @@ TEMPERATURES = (0.05, 20.0)  # where temperatures are looked for
 FEWEST_ROWS = 20  # to fit temperatures on
 RESAMPLES = 200  # to tell two settings apart
 
-GUARANTEED = ("max_accuracy_drop", "max_disagreement")
-BUDGETS = ("target_speedup", "max_latency_ms")
-GOALS = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", *BUDGETS)
 
-
-def fit_temperatures(records: ExitLogits, problem_type: str) -> list[float]:
+def fit_temperatures(records: ExitLogits, problem_type: str, asked: np.ndarray | None = None) -> list[float]:
     """The temperature of each exit that makes its probabilities most likely (Guo et al. 2017).
 
     Args:
         records: Logits of all exits. Without labels, each exit is fitted to the answers of full depth, and the last
             keeps 1.
         problem_type: As upstream's `config.problem_type`; regression has no probabilities and keeps 1 everywhere.
+        asked: Which rows an exit is asked about, shape (rows, exits): it is fitted to them, and keeps 1 where they are
+            fewer than `FEWEST_ROWS`. `None`: all.
 
     Returns:
         One number per exit, within 0.05..20.
@@ -79,14 +77,20 @@ def fit_temperatures(records: ExitLogits, problem_type: str) -> list[float]:
         targets = answers(records.logits[:, -1], problem_type)
     targets = (targets > 0.5).long() if problem_type == MULTI_LABEL else targets.long().unsqueeze(-1)
 
-    def loss(log_temperature: float, logits: Tensor) -> float:
+    def loss(log_temperature: float, logits: Tensor, right: Tensor) -> float:
         scores = decision_log_probabilities(logits / math.exp(log_temperature), problem_type)
-        return -float(scores.gather(-1, targets.unsqueeze(-1)).double().mean())
+        return -float(scores.gather(-1, right.unsqueeze(-1)).double().mean())
 
     bounds = tuple(map(math.log, TEMPERATURES))
     fitted = []
-    for logits in records.logits.double().unbind(1):  # so exactly that the order of classes and rows leaves no trace
-        best = minimize_scalar(loss, bounds=bounds, args=(logits,), method="bounded", options={"xatol": 1e-6})
+    asked = np.ones(records.logits.shape[:2], dtype=bool) if asked is None else asked
+    exact = records.logits.double()  # so exactly that the order of classes and rows leaves no trace
+    for logits, own in zip(exact.unbind(1), asked.T, strict=True):
+        if own.sum() < min(FEWEST_ROWS, len(own)):
+            fitted.append(1.0)
+            continue
+        given = (logits[own], targets[own])
+        best = minimize_scalar(loss, bounds=bounds, args=given, method="bounded", options={"xatol": 1e-6})
         fitted.append(round(math.exp(best.x), 4))
     return fitted if records.labels is not None else [*fitted[:-1], 1.0]
 
@@ -144,13 +148,19 @@ def candidate_settings(
             )
             for count, tolerance in path
         ]
-    steps = _threshold_path(records.logits, settings, config.resolved_problem_type, losses, checked, last)
+    steps = _threshold_path(records, settings, config, losses, checked, last)
     return ThresholdPath(settings, steps)
 
 
 def _threshold_path(
-    logits: Tensor, settings: ExitConfig, problem_type: str, losses: np.ndarray | None, checked: list[int], last: int
+    records: ExitLogits,
+    settings: ExitConfig,
+    config: ExitingConfig,
+    losses: np.ndarray | None,
+    checked: list[int],
+    last: int,
 ) -> list[float] | list[list[float]]:
+    logits, problem_type, asked = records.logits, config.resolved_problem_type, records.asked_at(config.exit_layers)
     num_exits = logits.shape[1]
     rule = settings.build_criterion(num_exits, problem_type)
     assert isinstance(rule, ThresholdCriterion)
@@ -159,9 +169,11 @@ def _threshold_path(
     low, high, sign = (0.0, top, 1) if rule.lower_is_surer else (-1.0, 0.0, -1)
     measured = [sign * rule.measured(logits[:, exit], exit).double() for exit in checked]
     if losses is not None:
-        found = _thresholds_per_exit(measured, losses[:, checked], low, high)
+        found = _thresholds_per_exit(measured, losses[:, checked], asked[:, checked], low, high)
     else:
-        seen = np.quantile(torch.cat(measured).numpy(), SHARES).clip(low, high).tolist() if measured else []
+        answered = [values.numpy()[asked[:, exit]] for values, exit in zip(measured, checked, strict=True)]
+        at_all = np.concatenate(answered) if answered else np.empty(0)
+        seen = np.quantile(at_all, SHARES).clip(low, high).tolist() if len(at_all) else []
         steps = sorted({*(low + (high - low) * step for step in GRID), *seen})
         if last == num_exits - 1:
             return [abs(step) for step in steps]
@@ -183,22 +195,25 @@ def _patience_path(logits: Tensor, problem_type: str) -> list[tuple[int, float |
     return [*((1, tolerance) for tolerance in sorted(tolerances)), (0, None)]
 
 
-def _thresholds_per_exit(measured: list[Tensor], losses: np.ndarray, low: float, high: float) -> np.ndarray:
+def _thresholds_per_exit(
+    measured: list[Tensor], losses: np.ndarray, asked: np.ndarray, low: float, high: float
+) -> np.ndarray:
     """Thresholds of all exits, lower measures leaving, for growing levels of loss; shape (levels, exits)."""
     path = np.full((len(ERROR_LEVELS) + 1, losses.shape[1]), low)
     for number, level in enumerate(ERROR_LEVELS, start=1):
         remaining = np.arange(len(losses))
         for exit, values in enumerate(tensor.numpy() for tensor in measured):
-            if not len(remaining):
-                break
-            order = remaining[np.argsort(values[remaining], kind="stable")]
+            here = remaining[asked[remaining, exit]]
+            if not len(here):
+                continue
+            order = here[np.argsort(values[here], kind="stable")]
             share = losses[order, exit].cumsum() / np.arange(1, len(order) + 1)
             cut = np.append(values[order[1:]] > values[order[:-1]], True)  # equal rows leave together
             allowed = np.flatnonzero((share <= level) & cut)
             if len(allowed):
                 end = allowed[-1] + 1
                 path[number, exit] = high if end == len(order) else min(values[order[end]], high)
-                remaining = order[end:]
+                remaining = np.setdiff1d(remaining, order[:end])
     return np.maximum.accumulate(path)
 
 
@@ -277,7 +292,7 @@ class ExitSearch:
                     f"There are {len(replay)} rows to fit temperatures on, and it takes {FEWEST_ROWS}. "
                     "Give more rows, or switch `fit_temperatures` off, which leaves them at 1."
                 )
-            temperatures = fit_temperatures(replay.records, replay.problem_type)
+            temperatures = fit_temperatures(replay.records, replay.problem_type, replay.askable)
         losses = replay.losses(goal) if self.per_exit else None
         path = partial(
             candidate_settings, replay.records, replay.config, criterion, temperatures=temperatures, losses=losses
@@ -529,6 +544,8 @@ def _seen(replay: ExitReplay, settings: ExitConfig, metric: str) -> dict[str, An
         record |= {"metric": metric, "full_depth": full.metric(metric), "early_exit": early.metric(metric)}
     if replay.problem_type != REGRESSION:
         record["disagreement"] = early.total(replay.losses("max_disagreement")) / record["rows"]
+    if replay.records.skipped is not None:
+        record["skip_threshold"] = replay.config.skip_threshold
     speedup = full.mean_flops / early.mean_flops
     return {**record, "mean_exit_layer": early.mean_exit_layer, "speedup_over_full_depth": speedup}
 
@@ -561,119 +578,6 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
             f"and {timed['full_depth_ms']:.3g} ms at full depth."
         )
     return said
-
-
-def check_goal(
-    config: ExitingConfig,
-    metric: str,
-    *,
-    guarantee: bool = False,
-    delta: float = 0.1,
-    reference_flops: float | None = None,
-    exit_times: ExitTimes | None = None,
-    **goals: float | None,
-) -> tuple[str, float]:
-    """Name and value of the only goal that is given, if this model, metric and clock could serve it on some rows.
-
-    Args:
-        config: The model's.
-        metric: As in [`choose_exit_config`], as all others.
-        guarantee: Whether a promise is asked for.
-        delta: Largest chance of a broken one.
-        reference_flops: What a speed-up is measured against.
-        exit_times: What exits take.
-        **goals: One of `GOALS`; the others `None`.
-
-    Raises:
-        ValueError: No goal or several, one out of range, or one that cannot be served.
-    """
-    goal, limit = one_goal(goals)
-    _check_served(goal, limit, metric, config.resolved_problem_type)
-    _check_times(exit_times, config, goal, reference_flops)
-    if guarantee:
-        check_guarantee(goal, limit, delta)
-    return goal, limit
-
-
-def one_goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
-    """Name and value of the only goal that is given.
-
-    Raises:
-        ValueError: None or several are given, or the value is out of range.
-    """
-    given = {name: value for name, value in goals.items() if value is not None}
-    if len(given) != 1:
-        named = ", ".join(f"`{name}` = {value:g}" for name, value in given.items()) or "none"
-        raise ValueError(f"Goals given: {named}. Give exactly one of {', '.join(f'`{name}`' for name in goals)}.")
-    [(name, value)] = given.items()
-    if name in BUDGETS:
-        if not 0 < value < math.inf:
-            raise ValueError(f"`{name}` is {value}. It must be above 0.")
-    elif not value >= 0:
-        raise ValueError(f"`{name}` is {value}. It must be 0 or more, in points (hundredths).")
-    return name, value
-
-
-def _check_served(goal: str, limit: float, metric: str, problem_type: str) -> None:
-    if problem_type == REGRESSION and goal in GUARANTEED:
-        raise ValueError(
-            f"`{goal}` is {limit:g}, and this is a regression model, whose answers are numbers that are neither right "
-            "nor the same. Use `max_metric_drop` with a metric such as spearman, or `target_speedup`."
-        )
-    check_metric(metric, problem_type)
-    if goal == "max_accuracy_drop" and metric != "accuracy":
-        raise ValueError(
-            f"`max_accuracy_drop` is {limit:g}, and the metric is {metric!r}. Use `max_metric_drop` for this "
-            "metric, or leave the metric out."
-        )
-
-
-def check_guarantee(goal: str, limit: float, delta: float) -> None:
-    """Refuse a promise that no rows could serve.
-
-    Args:
-        goal: One of `GOALS`.
-        limit: Its value, in points.
-        delta: Largest chance of a broken promise.
-
-    Raises:
-        ValueError: A goal without a 0/1 loss, or a number out of range.
-    """
-    if goal not in GUARANTEED:
-        raise ValueError(
-            f"A guarantee is asked for `{goal}`, and there is none: the loss of each row must be 0 or 1. Use "
-            "`max_disagreement`, the share of rows that answer otherwise than full depth, or `max_accuracy_drop`."
-        )
-    if not 0 < limit < 100:
-        raise ValueError(
-            f"`{goal}` is {limit:g} points. A guarantee needs a number above 0 and below 100: no sample can prove that "
-            "nothing is lost."
-        )
-    if not 0 < delta < 1:
-        raise ValueError(f"`delta` is {delta:g}. It must lie above 0 and below 1: the chance of a broken promise.")
-
-
-def _check_times(times: ExitTimes | None, config: ExitingConfig, goal: str, reference_flops: float | None) -> None:
-    if isinstance(config, CostEffCascadeConfig) and (times is not None or goal == "max_latency_ms"):
-        raise ValueError(
-            f"`{goal if times is None else 'exit_times'}` is given for a cascade. Times are measured of the exits of a "
-            "single model, and there are none of a cascade's members. Choose by FLOPs: `target_speedup`, over the last "
-            "member or over `reference_flops`."
-        )
-    if times is None:
-        if goal == "max_latency_ms":
-            raise ValueError(
-                "`max_latency_ms` needs `exit_times`, and there are none. Measure them on the machine that will serve: "
-                "hf_costeff.exit_times.measure_exit_times."
-            )
-        return
-    if len(times.leaving_ms) != len(config.exit_layers):
-        raise ValueError(
-            f"`exit_times` has {len(times.leaving_ms)} exits and the model {len(config.exit_layers)}. Measure them "
-            "with this model."
-        )
-    if reference_flops is not None:
-        raise ValueError("Both `exit_times` and `reference_flops` are given. A speed-up counts time or FLOPs.")
 
 
 def _check_records(records: ExitLogits, config: ExitingConfig, goal: str, search: ExitSearch) -> None:

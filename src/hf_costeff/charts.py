@@ -11,18 +11,20 @@ from transformers.utils import logging
 from .evaluation import ReportRow
 from .exit_quality import CurvePoint, ExitQuality, ReliabilityBin
 from .exit_replay import ExitOutcome
+from .skip_diagnostics import SkipDiagnostics
 
 logger = logging.get_logger(__name__)
 COLUMNS = 3  # small charts side by side
+MOST_CLASSES, MOST_PATHS = 6, 10
 
 
 def draw_pareto_chart(path: Path, rows: Sequence[ReportRow], curve: Sequence[ExitOutcome], metric: str) -> bool:
-    """Metric against FLOPs: every contender as a point, and the slim model's early-exit curve.
+    """Metric against FLOPs: every contender as a point, and the last one's early-exit curve.
 
     Args:
         path: PNG to write.
-        rows: Contenders, the teacher first.
-        curve: The slim model at every threshold.
+        rows: Contenders, the reference first.
+        curve: The last one at every threshold; may be empty.
         metric: Shown on the vertical axis.
 
     Returns:
@@ -33,12 +35,9 @@ def draw_pareto_chart(path: Path, rows: Sequence[ReportRow], curve: Sequence[Exi
         return False
     axes = figure.add_subplot()
     ordered = sorted(curve, key=lambda point: point.flops_per_row)
-    axes.plot(
-        [point.flops_per_row / 1e6 for point in ordered],
-        [point.metric for point in ordered],
-        color="tab:blue",
-        label="slim, all thresholds",
-    )
+    flops = [point.flops_per_row / 1e6 for point in ordered]
+    if curve:
+        axes.plot(flops, [point.metric for point in ordered], color="tab:blue", label="all thresholds")
     for row, marker in zip(rows, "s^oD", strict=False):
         axes.scatter(row.flops_per_row / 1e6, row.metrics[metric], marker=marker, s=60, label=row.name, zorder=3)
     axes.set_xscale("log")
@@ -105,6 +104,39 @@ def draw_reliability_chart(path: Path, qualities: Sequence[ExitQuality]) -> bool
     figure.axes[0].legend(fontsize=8)
     figure.supxlabel("confidence")
     figure.supylabel("share that is right")
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def draw_skip_chart(path: Path, skipping: SkipDiagnostics) -> bool:
+    """Share of the rows that skip each layer, over all and by class, and the commonest paths.
+
+    Args:
+        path: PNG to write.
+        skipping: Of the model on some rows.
+
+    Returns:
+        As [`draw_pareto_chart`].
+    """
+    figure = new_figure(9, 4.2)
+    if figure is None:
+        return False
+    by_layer, by_path = figure.subplots(1, 2)
+    layers = range(1, len(skipping.shares) + 1)
+    by_layer.bar(layers, skipping.shares, color="tab:gray", alpha=0.5, label="all rows")
+    for name, shares in list(skipping.class_shares.items())[:MOST_CLASSES]:
+        by_layer.plot(layers, shares, marker="o", markersize=4, label=name)
+    by_layer.set_xticks(layers)
+    by_layer.set_ylim(0, 1)
+    by_layer.set_xlabel("layer")
+    by_layer.set_ylabel("share of rows that skip it")
+    by_layer.legend(fontsize=8)
+    paths = list(skipping.paths.items())[:MOST_PATHS]
+    by_path.barh([layers_run or "none" for layers_run, _ in paths], [share for _, share in paths])
+    by_path.invert_yaxis()
+    by_path.set_xlim(0, 1)
+    by_path.set_xlabel("share of rows")
+    by_path.set_title(f"layers run: {len(skipping.paths)} paths", fontsize=9)
     figure.savefig(path, dpi=150)
     return True
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_costeff import CostEffConfig, check_exit_config, problem_type_of
+from .configuration_costeff import CostEffConfig, check_exit_config, problem_type_of, require_no_gates
 
 FEWEST_MEMBERS = 2
 if TYPE_CHECKING:  # what __post_init__ leaves
@@ -145,6 +145,7 @@ class CostEffCascadeConfig(PreTrainedConfig):
         for number, member in enumerate(members, start=1):
             if member.model_type == self.model_type:
                 raise ValueError(f"Member {number} is itself a cascade. List its members instead.")
+            require_no_gates(member, f"A cascade, as member {number},")
         match_labels(members)
         if self.num_labels != members[-1].num_labels:
             raise ValueError(f"`num_labels` is {self.num_labels}, and the last member has {members[-1].num_labels}.")

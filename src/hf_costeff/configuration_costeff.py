@@ -24,8 +24,10 @@ else:  # what is accepted
     PerLayer = int | list[int]
     ExitLayers = list[int] | None
 
-EXIT_HEADS = ("linear",)
+EXIT_HEADS = ("linear", "attention")
 EXIT_POOLINGS = ("cls", "mean")
+SKIP_GATES = ("attention", "linear")
+GATE_HEADS, EXIT_HEAD_HEADS = 2, 4  # attention heads of an attention gate, and of an attention exit head
 
 
 def expand_per_layer(value: Any, num_layers: int) -> Any:
@@ -71,11 +73,33 @@ def _shortened(value: Any, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+def _first_token_attention_parameters(hidden_size: int, size: int) -> int:
+    """Of a small self-attention that is read at the first token: a map to its width, queries, keys and values."""
+    return (hidden_size + 1) * size + 2 * (size + 1) * size + size * size
+
+
 def problem_type_of(config: PreTrainedConfig) -> str:
     """A classifier's `problem_type` where it is set; otherwise regression for one label, single-label for several."""
     if config.problem_type is not None:
         return config.problem_type
     return REGRESSION if config.num_labels == 1 else SINGLE_LABEL
+
+
+def require_no_gates(config: Any, action: str) -> None:
+    """Refuse a gated model where every row has to run every layer.
+
+    Args:
+        config: Of the model; one of another family has no gates.
+        action: What cannot be done, as the subject of a sentence.
+
+    Raises:
+        ValueError: Saying how to load it without gates.
+    """
+    if getattr(config, "skip_gates", None) is not None:
+        raise ValueError(
+            f"{action} needs a model whose rows all run the same layers, and this one has skip gates "
+            f"({config.skip_gates!r}). Load it without them: from_pretrained(..., skip_gates=None)."
+        )
 
 
 def check_exit_config(values: dict[str, Any] | None) -> None:
@@ -124,11 +148,19 @@ class CostEffConfig(PreTrainedConfig):
         pad_token_id: Index of the padding token.
         exit_layers: 1-based layers that own an exit, ascending. `None` puts an exit after every layer. The last layer
             is always in.
-        exit_head: Form of the exit head. `"linear"`: classifier(dropout(tanh(pooled hidden state))).
-        exit_pooling: What an exit head looks at: `"cls"`, the first token (the paper), or `"mean"`, the mean over the
-            real tokens, which carries meaning from the first layer on.
+        exit_head: Form of the exit head. `"linear"`: classifier(dropout(tanh(pooled hidden state))). `"attention"`:
+            one small self-attention of its own, read at the first token (SmartBERT, Hu et al. 2023).
+        exit_head_size: Width of an attention exit head, a multiple of 4.
+        exit_pooling: What a linear exit head or gate looks at: `"cls"`, the first token (the paper), or `"mean"`, the
+            mean over the real tokens, which carries meaning from the first layer on.
         gradient_equilibrium: Whether training scales gradients so that a layer sees the mean over this and all deeper
             exits (Li et al. 2019). It never changes a forward result.
+        skip_gates: Form of the gate before each layer that decides, row by row, whether the layer is skipped:
+            `"attention"`, one small self-attention of its own (SmartBERT), or `"linear"`, one linear map of what
+            `exit_pooling` looks at, for slim models. `None`: no gates, every row runs every layer. With `"cls"` the
+            linear gate of layer 1 sees the same for every row, since the first token has not read the text yet.
+        gate_size: Width of an attention gate, a multiple of 2.
+        skip_threshold: A row skips a layer whose gate gives a probability of this or more, in 0..1.
         exit_config: Saved exit settings as a plain dict (see [`ExitConfig`]); `None` if the model was not calibrated.
         packed_layers: Linear layers of which only some blocks are stored: name in [`CostEffModel`] -> its
             [`hf_costeff.packed_linear.Packing`] as a plain dict; `None` for none.
@@ -144,7 +176,7 @@ class CostEffConfig(PreTrainedConfig):
     """
 
     model_type = "costeff"
-    keys_to_ignore_at_inference = ["exit_logits", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = ["exit_logits", "hidden_states", "attentions", "skip_probabilities", "exit_states"]
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -165,8 +197,12 @@ class CostEffConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     exit_layers: ExitLayers = cast(Any, None)
     exit_head: str = "linear"
+    exit_head_size: int = 128
     exit_pooling: str = "cls"
     gradient_equilibrium: bool = True
+    skip_gates: str | None = None
+    gate_size: int = 128
+    skip_threshold: float | int = 0.5
     exit_config: dict | None = None
     packed_layers: dict | None = None
 
@@ -204,6 +240,23 @@ class CostEffConfig(PreTrainedConfig):
         """Tokens that the position table holds."""
         return self.max_position_embeddings - self.position_offset
 
+    @property
+    def exit_head_parameters(self) -> int:
+        """Weights and biases of one exit head."""
+        labels, size = self.num_labels or 0, self.exit_head_size
+        if self.exit_head == "linear":
+            return (self.hidden_size + 1) * labels
+        return _first_token_attention_parameters(self.hidden_size, size) + (size + 1) * (size + labels)
+
+    @property
+    def gate_parameters(self) -> int:
+        """Weights and biases of one gate; 0 without gates."""
+        if self.skip_gates is None:
+            return 0
+        if self.skip_gates == "linear":
+            return self.hidden_size + 1
+        return _first_token_attention_parameters(self.hidden_size, self.gate_size) + self.gate_size + 1
+
     def matrix_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
         """Rows and columns of the four matrices of a 1-based layer, by the name of their module in [`CostEffModel`]."""
         width = self.num_attention_heads[layer - 1] * self.attention_head_size
@@ -234,10 +287,14 @@ class CostEffConfig(PreTrainedConfig):
             _check_integer("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
         if self.embedding_rank is not None:
             _check_integer("embedding_rank", self.embedding_rank, 1, self.hidden_size)
+        for name, heads in (("gate_size", GATE_HEADS), ("exit_head_size", EXIT_HEAD_HEADS)):
+            _check_integer(name, getattr(self, name), heads, MAX_WIDTH)
+            if getattr(self, name) % heads:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be a multiple of {heads}.")
 
     def validate_numbers(self) -> None:
-        """Refuse dropout probabilities outside 0..1 and scales that are negative or not finite."""
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        """Refuse probabilities outside 0..1 and scales that are negative or not finite."""
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "skip_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` is {value!r}. It must be a probability in 0..1.")
@@ -269,14 +326,15 @@ class CostEffConfig(PreTrainedConfig):
                 _check_integer(f"{name} of layer {layer}", width, 0, MAX_WIDTH)
         inner = 4 * self.attention_head_size * sum(self.num_attention_heads) + 2 * sum(self.intermediate_size)
         tables = self.max_position_embeddings + self.type_vocab_size + (self.embedding_rank or 0)  # with the projection
-        exits = len(self.exit_layers or ()) * self.num_labels
+        exits = len(self.exit_layers or ()) * self.exit_head_parameters
         words = self.vocab_size * (self.embedding_rank or self.hidden_size)
-        weights = words + self.hidden_size * (inner + tables + exits)
+        weights = words + self.hidden_size * (inner + tables) + exits + self.num_hidden_layers * self.gate_parameters
         if weights > MAX_WEIGHTS:
             raise ValueError(
                 f"These sizes make {weights:,} weights; at most {MAX_WEIGHTS:,} are taken. Look at `hidden_size` "
                 f"({self.hidden_size}), `vocab_size` ({self.vocab_size}), `embedding_rank`, `attention_head_size` "
-                f"({self.attention_head_size}), `num_hidden_layers`, `num_attention_heads` and `intermediate_size`."
+                f"({self.attention_head_size}), `num_hidden_layers`, `num_attention_heads`, `intermediate_size`, "
+                f"`gate_size` ({self.gate_size}) and `exit_head_size` ({self.exit_head_size})."
             )
 
     def validate_exits(self) -> None:
@@ -287,9 +345,12 @@ class CostEffConfig(PreTrainedConfig):
                 f"`exit_layers` is {layers}. It must ascend without repeats within 1..{self.num_hidden_layers} and end "
                 f"with the last layer, {self.num_hidden_layers}."
             )
-        for name, choices in (("exit_head", EXIT_HEADS), ("exit_pooling", EXIT_POOLINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}. It must be one of {', '.join(choices)}.")
+        choices = {"exit_head": EXIT_HEADS, "exit_pooling": EXIT_POOLINGS, "skip_gates": (*SKIP_GATES, None)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}. It must be one of {', '.join(map(str, known))}."
+                )
 
     def validate_exit_config(self) -> None:
         """Refuse saved exit settings that no `predict` could use."""

@@ -22,7 +22,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from .configuration_costeff import CostEffConfig
+from .configuration_costeff import CostEffConfig, require_no_gates
 from .modeling_costeff import CostEffForSequenceClassification, CostEffModel
 from .packed_linear import require_unpacked
 
@@ -177,7 +177,11 @@ def family_of(stock_config: PreTrainedConfig) -> Family:
 
 
 def convert_config(
-    stock_config: PreTrainedConfig, *, exit_layers: Sequence[int] | None = None, exit_pooling: str = "cls"
+    stock_config: PreTrainedConfig,
+    *,
+    exit_layers: Sequence[int] | None = None,
+    exit_pooling: str = "cls",
+    exit_head: str = "linear",
 ) -> CostEffConfig:
     """Our config for a stock one, at full width: same function, same labels.
 
@@ -188,6 +192,7 @@ def convert_config(
         stock_config: Config of a model of one of the `SUPPORTED_FAMILIES`.
         exit_layers: 1-based layers that get an exit, the last one among them; `None` puts one after every layer.
         exit_pooling: What the exits look at, `"cls"` or `"mean"`; see [`CostEffConfig`].
+        exit_head: Form of the exits, `"linear"` or `"attention"`.
 
     Returns:
         A config with uniform widths and an unfactorised embedding.
@@ -227,6 +232,7 @@ def convert_config(
         pad_token_id=stock_config.pad_token_id,
         exit_layers=None if exit_layers is None else list(exit_layers),
         exit_pooling=exit_pooling,
+        exit_head=exit_head,
         id2label=id2label,
         label2id=label2id,
         problem_type=stock_config.problem_type,
@@ -328,7 +334,11 @@ def _some(names: Iterable[str], shown: int = 3) -> str:
 
 
 def convert_from_stock(
-    model: PreTrainedModel, *, exit_layers: Sequence[int] | None = None, exit_pooling: str = "cls"
+    model: PreTrainedModel,
+    *,
+    exit_layers: Sequence[int] | None = None,
+    exit_pooling: str = "cls",
+    exit_head: str = "linear",
 ) -> CostEffForSequenceClassification:
     """A COST-EFF classifier with the encoder of a stock model, every hidden state equal to the stock model's.
 
@@ -339,6 +349,7 @@ def convert_from_stock(
             which is left behind. It stays untouched; tensors are copied.
         exit_layers: As in [`convert_config`].
         exit_pooling: As in [`convert_config`].
+        exit_head: As in [`convert_config`].
 
     Returns:
         The model at full width, with the dtype, device, attention implementation and train/eval mode of `model`.
@@ -352,7 +363,7 @@ def convert_from_stock(
             f"Cannot convert a {type(model).__name__}: expected a transformers PreTrainedModel. Unwrap it first "
             "(PEFT: `merge_and_unload()`, parallel wrappers: `.module`)."
         )
-    config = convert_config(model.config, exit_layers=exit_layers, exit_pooling=exit_pooling)
+    config = convert_config(model.config, exit_layers=exit_layers, exit_pooling=exit_pooling, exit_head=exit_head)
     encoder_state = convert_state_dict(model.base_model.state_dict(), model.config)
     config._attn_implementation = model.config._attn_implementation
     converted = CostEffForSequenceClassification(config)
@@ -377,11 +388,17 @@ def convert_to_stock(model: CostEffForSequenceClassification) -> PreTrainedModel
         the dtype, device and train/eval mode of `model`.
 
     Raises:
-        ValueError: If the exits read the mean over the tokens, the head size does not divide the hidden size, or the
-            model is packed.
+        ValueError: If the exits are attention heads or read the mean over the tokens, the head size does not divide the
+            hidden size, or the model is packed or has gates.
     """
     config = model.config
     require_unpacked(config, "A stock model")
+    require_no_gates(config, "Becoming a stock model")
+    if config.exit_head != "linear":
+        raise ValueError(
+            f"`exit_head` is {config.exit_head!r}, and stock classifiers have one linear head. Train with "
+            "exit_head='linear' to have a model that becomes stock."
+        )
     if config.exit_pooling != "cls":
         raise ValueError(
             f"`exit_pooling` is {config.exit_pooling!r}, and stock classifiers read the first token. Train with "

@@ -1,9 +1,9 @@
 """What a model costs: parameters, bytes, floating-point operations, milliseconds.
 
 FLOPs count 2 per multiply-accumulate of linear layers, of the attention products (queries with keys, weights with
-values), of the embedding's projection and of the exit heads that are executed, for every token as run, padding
-included. Biases, norms, activations and table look-ups are not counted. On the device a layer saved is not time saved:
-[`measure_latency`] and [`measure_alternating`] give milliseconds.
+values), of the embedding's projection and of the gates and exit heads that are executed, for every token as run,
+padding included. Biases, norms, activations and table look-ups are not counted. On the device a layer saved is not
+time saved: [`measure_latency`] and [`measure_alternating`] give milliseconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .configuration_costeff import CostEffConfig
+from .configuration_costeff import EXIT_HEAD_HEADS, GATE_HEADS, CostEffConfig
 from .conversion import convert_config
 from .packed_linear import DENSE
 
@@ -47,7 +48,7 @@ def parameter_count(config: CostEffConfig) -> int:
     """Parameters of the model that `config` describes, everything counted, without building it.
 
     Args:
-        config: Widths, ranks and exits.
+        config: Widths, ranks, exits and gates.
 
     Returns:
         Number of scalars, equal to [`count_parameters`] of the built model.
@@ -61,12 +62,13 @@ def parameter_count(config: CostEffConfig) -> int:
     norm = 2 * hidden
     words = config.vocab_size * hidden if rank is None else (config.vocab_size + hidden) * rank
     total = words + (config.max_position_embeddings + config.type_vocab_size) * hidden + norm
-    for layer in range(1, config.num_hidden_layers + 1):
+    layers = range(1, config.num_hidden_layers + 1)
+    for layer in layers:
         for name, (rows, columns) in config.matrix_shapes(layer).items():
             packing = config.packing(name, (rows, columns))
             total += rows + (rows * columns if packing is None else packing.num_weights)
         total += 2 * norm
-    return total + len(config.exit_layers) * (hidden + 1) * (config.num_labels or 0)
+    return total + len(config.exit_layers) * config.exit_head_parameters + len(layers) * config.gate_parameters
 
 
 def checkpoint_bytes(config: CostEffConfig, bytes_per_parameter: int = 4) -> int:
@@ -135,19 +137,75 @@ def layer_flops(config: CostEffConfig, layer: int, seq_length: int) -> int:
     return FLOPS_PER_MAC * seq_length * (multiplied + 2 * seq_length * width)
 
 
-def exit_head_flops(config: CostEffConfig) -> int:
-    """FLOPs of one row in one exit head: one vector through the classifier; pooling adds no multiplications."""
-    return FLOPS_PER_MAC * config.hidden_size * (config.num_labels or 0)
+def exit_head_flops(config: CostEffConfig, seq_length: int) -> int:
+    """FLOPs of one row in one exit head: one vector through the classifier; pooling adds no multiplications.
 
-
-def cumulative_flops(config: CostEffConfig, seq_length: int, checked_exits: Sequence[int] | None = None) -> list[int]:
-    """FLOPs of one row that leaves at layer 1, 2, ..., layers: embedding, layers, and the heads executed by then.
+    An attention head also maps every token to its width, and attends from the first one.
 
     Args:
-        config: Sizes and exits.
+        config: Form and sizes.
+        seq_length: Tokens as run, padding included.
+
+    Returns:
+        FLOPs.
+    """
+    _check_seq_length(seq_length)
+    labels, size = config.num_labels or 0, config.exit_head_size
+    if config.exit_head == "linear":
+        return FLOPS_PER_MAC * config.hidden_size * labels
+    attention = _first_token_attention_flops(config.hidden_size, size, EXIT_HEAD_HEADS, seq_length)
+    return attention + FLOPS_PER_MAC * size * (size + labels)
+
+
+def gate_flops(config: CostEffConfig, seq_length: int) -> int:
+    """FLOPs of one row in one gate; 0 without gates.
+
+    Args:
+        config: Form and sizes.
+        seq_length: Tokens as run, padding included.
+
+    Returns:
+        FLOPs.
+
+    Example: at MiniLM's width, gates of the two forms against the layer that they may save.
+
+        >>> config = CostEffConfig(hidden_size=384, attention_head_size=32, intermediate_size=1536)
+        >>> for form in ("attention", "linear"):
+        ...     config.skip_gates = form
+        ...     print(f"{form}: {gate_flops(config, 128) / layer_flops(config, 1, 128):.4f}")
+        attention: 0.0266
+        linear: 0.0000
+    """
+    _check_seq_length(seq_length)
+    if config.skip_gates is None:
+        return 0
+    if config.skip_gates == "linear":
+        return FLOPS_PER_MAC * config.hidden_size
+    attention = _first_token_attention_flops(config.hidden_size, config.gate_size, GATE_HEADS, seq_length)
+    return attention + FLOPS_PER_MAC * config.gate_size
+
+
+def _first_token_attention_flops(hidden_size: int, size: int, num_heads: int, seq_length: int) -> int:
+    """All tokens to the small width, scores and mixture of each head, one query and each head's key and value."""
+    tokens = seq_length * size * (hidden_size + 2 * num_heads)
+    return FLOPS_PER_MAC * (tokens + size * size * (1 + 2 * num_heads))
+
+
+def cumulative_flops(
+    config: CostEffConfig,
+    seq_length: int,
+    checked_exits: Sequence[int] | None = None,
+    skipped: Collection[int] | None = (),
+) -> list[int]:
+    """FLOPs of one row that leaves at layer 1, 2, ..., layers: embedding, gates, layers, and heads executed by then.
+
+    Args:
+        config: Sizes, exits and gates.
         seq_length: Tokens as run, padding included.
         checked_exits: 1-based layers whose head is executed on the way, as `ExitConfig.checked_exits`. `None`: every
             exit of the model, as in a forward pass; empty: none but the last. The last layer's head always counts.
+        skipped: 1-based layers that the row skips, with the heads after them; their gates count, as all do. `None`: the
+            gates are not asked, as with `skip_layers=False`.
 
     Returns:
         FLOPs, one entry per layer, ascending. At a layer without a checked exit, what has been spent by then.
@@ -155,16 +213,21 @@ def cumulative_flops(config: CostEffConfig, seq_length: int, checked_exits: Sequ
     Raises:
         ValueError: If `checked_exits` names a layer without an exit, or `seq_length` is below 1.
     """
-    checked = set(config.exit_layers if checked_exits is None else checked_exits) | {config.num_hidden_layers}
+    depth = config.num_hidden_layers
+    checked = set(config.exit_layers if checked_exits is None else checked_exits) | {depth}
     if unknown := sorted(checked - set(config.exit_layers)):
         raise ValueError(
             f"`checked_exits` names layers {unknown}, which have no exit. The model's exits stand after layers "
             f"{config.exit_layers}."
         )
+    gate, head = 0 if skipped is None else gate_flops(config, seq_length), exit_head_flops(config, seq_length)
+    left_out = set(skipped or ())
     spent = embedding_flops(config, seq_length)
     result = []
-    for layer in range(1, config.num_hidden_layers + 1):
-        spent += layer_flops(config, layer, seq_length) + (exit_head_flops(config) if layer in checked else 0)
+    for layer in range(1, depth + 1):
+        spent += gate
+        spent += 0 if layer in left_out else layer_flops(config, layer, seq_length)
+        spent += head if layer == depth or layer in checked - left_out else 0
         result.append(spent)
     return result
 
@@ -194,15 +257,18 @@ def mean_flops(
     exit_layers: Sequence[int] | Tensor,
     seq_lengths: int | Sequence[int] | Tensor,
     checked_exits: Sequence[int] | None = None,
+    skipped_layers: Tensor | None = None,
 ) -> float:
     """Mean FLOPs per row of a data set answered with early exit.
 
     Args:
-        config: Sizes and exits.
+        config: Sizes, exits and gates.
         exit_layers: Layer each row left at (1-based), as `predict` returns it, shape (rows,).
         seq_lengths: Tokens each row ran with, padding included, shape (rows,), or one number for all. Rows that are
             cropped later on, when longer ones have left their batch, are still counted at this length.
         checked_exits: As in [`cumulative_flops`].
+        skipped_layers: Whether each row skipped each layer, as `predict` returns it, shape (rows, layers); `None` where
+            no gates were asked.
 
     Returns:
         FLOPs per row.
@@ -223,9 +289,17 @@ def mean_flops(
             f"`exit_layers` lies in {int(layers.min())}..{int(layers.max())}. Exit layers are 1-based: they must lie "
             f"in 1..{config.num_hidden_layers}."
         )
-    spent = {length: cumulative_flops(config, length, checked_exits) for length in set(lengths.tolist())}
-    rows = zip(layers.tolist(), lengths.tolist(), strict=True)
-    return sum(spent[length][layer - 1] for layer, length in rows) / len(layers)
+    paths = [None] * len(layers) if skipped_layers is None else map(_layers_marked, skipped_layers.tolist())
+    rows = Counter(zip(layers.tolist(), lengths.tolist(), paths, strict=True))
+    spent = (
+        count * cumulative_flops(config, length, checked_exits, path)[layer - 1]
+        for (layer, length, path), count in rows.items()
+    )
+    return sum(spent) / len(layers)
+
+
+def _layers_marked(marks: Sequence[bool]) -> tuple[int, ...]:
+    return tuple(layer for layer, marked in enumerate(marks, start=1) if marked)
 
 
 def stock_flops(stock_config: PreTrainedConfig, seq_length: int) -> int:

@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .calibration import GOALS, ExitSearch, check_goal, choose_exit_config
+from .calibration import ExitSearch, choose_exit_config
+from .calibration_goals import GOALS, check_goal
 from .cascade_costs import member_flops
 from .checksums import fingerprint
 from .configuration_costeff import problem_type_of
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     count_parameters,
-    cumulative_flops,
     measure_alternating,
     stock_flops,
 )
@@ -57,8 +57,9 @@ def collect_exit_logits(
     batch_size: int = 64,
     description: str = "Evaluating",
     show_progress: bool = True,
+    skip_layers: bool | None = None,
 ) -> ExitLogits:
-    """Logits of every exit on every row, in the data set's order.
+    """Logits of every exit on every row, in the data set's order, and the layers that its gates let a row skip.
 
     Rows are run sorted by length, so that little is padded.
 
@@ -69,18 +70,22 @@ def collect_exit_logits(
         batch_size: Rows per forward.
         description: Shown at the progress bar.
         show_progress: Whether to show one.
+        skip_layers: Whether rows skip layers, as for `predict`; `None`: if the model has gates.
 
     Returns:
         Logits in single precision on the host.
     """
+    settings = {} if skip_layers is None else {"use_gates": skip_layers}
 
-    def ask(batch: Mapping[str, Tensor]) -> Tensor:
-        outputs = model(**model_inputs(model, batch))
-        return torch.stack(outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,), dim=1)
+    def ask(batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        outputs = model(**model_inputs(model, batch), **settings)
+        logits = torch.stack(outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,), dim=1)
+        chances = outputs.get("skip_probabilities")
+        return (logits,) if chances is None else (logits, torch.stack(chances, dim=1) >= model.config.skip_threshold)
 
     with inference(model):
-        logits = _asked(dataset, collator, batch_size, ask, description if show_progress else None)
-    return ExitLogits(logits, _lengths(dataset), _labels(dataset))
+        logits, *skipped = _asked(dataset, collator, batch_size, ask, description if show_progress else None)
+    return ExitLogits(logits, _lengths(dataset), _labels(dataset), skipped=skipped[0] if skipped else None)
 
 
 def _lengths(dataset: Dataset) -> Tensor:
@@ -95,15 +100,16 @@ def _asked(
     dataset: Dataset,
     collator: Collator,
     batch_size: int,
-    ask: Callable[[Mapping[str, Tensor]], Tensor],
+    ask: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
     description: str | None,
-) -> Tensor:
+) -> list[Tensor]:
     """What `ask` says of batches, longest rows first, in the data set's order; a description shows a progress bar."""
     order = _lengths(dataset).argsort(descending=True)
     gathered = []
     for rows in tqdm(order.split(batch_size), desc=description, disable=description is None, leave=False):
-        gathered.append(ask(collator([dataset[row] for row in rows.tolist()])).float().cpu())
-    return torch.cat(gathered)[order.argsort()]
+        found = ask(collator([dataset[row] for row in rows.tolist()]))
+        gathered.append([said.float().cpu() if said.is_floating_point() else said.cpu() for said in found])
+    return [torch.cat(said)[order.argsort()] for said in zip(*gathered, strict=True)]
 
 
 def _one_each(
@@ -155,15 +161,13 @@ def collect_member_logits(
     with inference(cascade):
         for number, (rows, pad) in enumerate(zip(datasets, collators, strict=True), start=1):
 
-            def ask(batch: Mapping[str, Tensor], number: int = number) -> Tensor:
+            def ask(batch: Mapping[str, Tensor], number: int = number) -> tuple[Tensor, ...]:
                 inputs = {name: batch[name].to(cascade.device) for name in MODEL_INPUTS if name in batch}
-                said, exit_layer = cascade.ask_member(number, inputs)
-                return torch.cat([said.float(), exit_layer[:, None].float()], dim=1)
+                return cascade.ask_member(number, inputs)
 
             shown = f"{description}, member {number}" if show_progress else None
-            found = _asked(rows, pad, batch_size, ask, shown)
-            logits.append(found[:, :-1])
-            layers = found[:, -1].long()
+            said, layers = _asked(rows, pad, batch_size, ask, shown)
+            logits.append(said)
             flops.append(member_flops(cascade.config.members[number - 1], layers, _lengths(rows)))
     last = datasets[-1]
     return ExitLogits(torch.stack(logits, dim=1), _lengths(last), _labels(last), member_flops=torch.stack(flops, dim=1))
@@ -249,7 +253,8 @@ def calibrate(
     """Choose exit settings on held-out rows from one goal and store them in the model, for `predict(early_exit=True)`.
 
     Args:
-        model: A multi-exit model; its `config.exit_config` is replaced. Or a cascade, whose members stand for exits, in
+        model: A multi-exit model; its `config.exit_config` is replaced. With gates, every row takes its own path, and
+            full depth is that of the gated model. Or a cascade, whose members stand for exits, in
             the order of cost, with the exit settings they have of their own: calibrate those first. Losses and
             speed-ups are against the last member.
         dataset: Tokenized rows which no training saw, with `labels`, but for `max_disagreement`. For a cascade whose
@@ -379,19 +384,22 @@ class Contender:
         model: Stock or multi-exit.
         records: Its logits on the reported rows.
         settings: Exit settings; `None` for full depth.
+        skip_layers: Whether rows skip layers, as for `predict`, and as in the records; `None`: if the model has gates.
     """
 
     name: str
     model: PreTrainedModel
     records: ExitLogits
     settings: ExitConfig | None = None
+    skip_layers: bool | None = None
 
     def answer(self, batch: Mapping[str, Tensor]) -> Any:
         """Run the model on a batch as it would be served."""
         inputs = model_inputs(self.model, batch)
         if isinstance(self.model, CostEffForSequenceClassification):
             inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
-            return self.model.predict(**inputs, early_exit=False if self.settings is None else self.settings)
+            settings = False if self.settings is None else self.settings
+            return self.model.predict(**inputs, early_exit=settings, skip_layers=self.skip_layers)
         with torch.inference_mode():  # as predict does: autograd costs time even when it is only off
             return self.model(**inputs)
 
@@ -461,9 +469,10 @@ def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, 
     model, records = contender.model, contender.records
     if isinstance(model, CostEffForSequenceClassification):
         exits = ExitReplay(records, model.config).at(contender.settings)
-        spent = torch.tensor(cumulative_flops(model.config, PAPER_SEQ_LENGTH, exits.asked)).double()
         logits, flops, exit_layer = exits.logits, exits.mean_flops, exits.mean_exit_layer
-        flops_at_128 = float(spent[exits.exit_layer - 1].mean())
+        as_in_papers = torch.full_like(records.seq_lengths, PAPER_SEQ_LENGTH)
+        replay = ExitReplay(dataclasses.replace(records, seq_lengths=as_in_papers), model.config)
+        flops_at_128 = replay.at(contender.settings).mean_flops
         shares = exits.exit_shares
     else:
         logits, exit_layer, shares = records.logits[:, 0], float(model.config.num_hidden_layers), [1.0]

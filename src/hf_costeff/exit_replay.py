@@ -1,6 +1,7 @@
 """What a model said at every exit, stored, and any exit settings replayed on it.
 
-Exits do not change later computation, so the logits of all exits, computed once, answer for every threshold.
+Exits do not change later computation, so the logits of all exits, computed once, answer for every threshold. Neither
+do they change what gates decide, so the layers that a row skips are stored too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .configuration_cascade import CostEffCascadeConfig
 from .configuration_costeff import CostEffConfig
-from .efficiency import cumulative_flops, exit_head_flops
+from .efficiency import embedding_flops, exit_head_flops, gate_flops, layer_flops
 from .exit_criteria import (
     MULTI_LABEL,
     SINGLE_LABEL,
@@ -48,6 +49,8 @@ class ExitLogits:
             the rows by it. `None` if there are none.
         member_flops: Of a cascade: FLOPs of each row in each member by itself, shape (rows, members). `None` for a
             single model, whose cost follows from its configuration.
+        skipped: Whether each row skips each layer, shape (rows, layers): it does not leave after those, but for the
+            last. `None` where every row runs every layer.
     """
 
     logits: Tensor
@@ -55,6 +58,18 @@ class ExitLogits:
     labels: Tensor | None = None
     row_keys: Sequence[int] | None = None
     member_flops: Tensor | None = None
+    skipped: Tensor | None = None
+
+    def asked_at(self, exit_layers: Sequence[int]) -> np.ndarray:
+        """Whether each row can be asked at each exit, shape (rows, exits): not after a layer that it skips.
+
+        Args:
+            exit_layers: 1-based layer of each exit, ascending; the last always answers.
+        """
+        asked = np.ones(self.logits.shape[:2], dtype=bool)
+        if self.skipped is not None:
+            asked[:, :-1] = ~self.skipped.numpy()[:, np.array(exit_layers[:-1], dtype=int) - 1]
+        return asked
 
     def known_labels(self) -> np.ndarray:
         """The labels as an array.
@@ -70,7 +85,8 @@ class ExitLogits:
         """Some of the rows, by position, without their keys."""
         labels = None if self.labels is None else self.labels[rows]
         flops = None if self.member_flops is None else self.member_flops[rows]
-        return ExitLogits(self.logits[rows], self.seq_lengths[rows], labels, member_flops=flops)
+        skipped = None if self.skipped is None else self.skipped[rows]
+        return ExitLogits(self.logits[rows], self.seq_lengths[rows], labels, member_flops=flops, skipped=skipped)
 
 
 @dataclass(frozen=True)
@@ -345,7 +361,8 @@ class ExitReplay:
             yield ReplayedPath(self, path[start:end], asked, self._since(limits[start:end], rule, sign, asked))
 
     def _asked(self, settings: ExitConfig) -> tuple[int, ...]:
-        return tuple(ExitPlan.make(settings, self.config.exit_layers, self.problem_type).stops)
+        skips = self.records.skipped is not None
+        return tuple(ExitPlan.make(settings, self.config.exit_layers, self.problem_type, skips).stops)
 
     def _since(self, limits: np.ndarray, rule: ThresholdCriterion, sign: int, asked: Sequence[int]) -> np.ndarray:
         """See [`ReplayedPath`]; `limits` of shape (settings, exits) let lower measures leave, both turned by `sign`."""
@@ -356,6 +373,7 @@ class ExitReplay:
         for exit, layer in enumerate(self.config.exit_layers[:-1]):
             if layer in asked:
                 since[:, exit] = np.searchsorted(limits[:, exit], measures[:, exit], side="right")
+        since[~self.askable] = len(limits)
         return np.minimum.accumulate(since, axis=1)
 
     def _measures(self, rule: ThresholdCriterion) -> np.ndarray:
@@ -371,30 +389,42 @@ class ExitReplay:
         """How many rows there are."""
         return len(self.records.logits)
 
+    @cached_property
+    def askable(self) -> np.ndarray:
+        """See [`ExitLogits.asked_at`]."""
+        return self.records.asked_at(self.config.exit_layers)
+
     def flops(self, asked: Sequence[int]) -> np.ndarray:
         """FLOPs of each row, at its own length, if it left at each exit or member, shape (rows, exits).
 
         Args:
             asked: 1-based layers whose exit is evaluated on the way.
         """
-        early = [layer in asked for layer in self.config.exit_layers[:-1]]
+        executed = [layer in asked for layer in self.config.exit_layers[:-1]] + [True]
         if self.records.member_flops is not None:
-            return (self.records.member_flops.numpy() * [*early, True]).cumsum(1)
+            return (self.records.member_flops.numpy() * executed).cumsum(1)
         headless, head = self._single_model_flops
-        return headless + head * np.cumsum([*early, 0])
+        return headless + head * (self.askable & executed).cumsum(1)
 
     @cached_property
-    def _single_model_flops(self) -> tuple[np.ndarray, int]:
-        """As [`flops`], the last head alone asked, and what one head more takes.
+    def _single_model_flops(self) -> tuple[np.ndarray, np.ndarray]:
+        """FLOPs up to each exit without any head, shape (rows, exits), and of one head, shape (rows, 1).
 
-        The first is a quadratic in the length, known from its values at 1, 2 and 3.
+        Each part is a quadratic in the length, known from its values at 1, 2 and 3.
         """
-        config, lengths = self.config, self.records.seq_lengths.numpy()[:, None]
+        config, skipped = self.config, self.records.skipped
         assert isinstance(config, CostEffConfig)  # the records of a cascade know what its members cost
-        exits = np.array(config.exit_layers) - 1
-        one, two, three = (np.array(cumulative_flops(config, length, ()))[exits] for length in (1, 2, 3))
-        headless = one + (lengths - 1) * (two - one) + (lengths - 1) * (lengths - 2) // 2 * (three - 2 * two + one)
-        return headless, exit_head_flops(config)
+        layers, lengths = range(1, config.num_hidden_layers + 1), self.records.seq_lengths.numpy()[:, None]
+
+        def parts(length: int) -> np.ndarray:
+            fixed = [exit_head_flops(config, length), embedding_flops(config, length), gate_flops(config, length)]
+            return np.array([*fixed, *(layer_flops(config, layer, length) for layer in layers)])
+
+        one, two, three = map(parts, (1, 2, 3))
+        cost = one + (lengths - 1) * (two - one) + (lengths - 1) * (lengths - 2) // 2 * (three - 2 * two + one)
+        head, embedding, gate, own = np.split(cost, [1, 2, 3], axis=1)
+        spent = own if skipped is None else gate + own * ~skipped.numpy()
+        return embedding + spent.cumsum(1)[:, np.array(config.exit_layers) - 1], head
 
     def outcome(self, settings: ExitConfig | None, metric: str) -> ExitOutcome:
         """Metric and cost together."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .calibration import curve_settings, describe_seen
-from .charts import draw_curve_chart, draw_reliability_chart
+from .charts import MOST_PATHS, draw_curve_chart, draw_reliability_chart, draw_skip_chart
 from .configuration_costeff import CostEffConfig
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
 from .exit_quality import (
@@ -26,6 +26,7 @@ from .exit_replay import ExitLogits, ExitReplay, stored_settings
 from .group_outcomes import GroupOutcome, class_outcomes, length_outcomes
 from .guarantees import describe_promise
 from .markdown import markdown_table, quoted
+from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
 
 RARE_SHARE = 0.05
 FEW_ROWS = 30
@@ -114,6 +115,8 @@ def _blocks(replay: ExitReplay, metric: str, folder: Path, texts: Sequence[str] 
         f"{chosen.speedup:.2f} times fewer FLOPs than at full depth."
     )
     yield from _promised(settings)
+    if skipping := diagnose_skipping(records, config):
+        yield from _skipping(skipping, folder)
     yield Heading("Exit by exit")
     yield _exit_table(qualities, metric)
     yield Paragraph(
@@ -148,6 +151,18 @@ def _promised(settings: ExitConfig) -> Iterator[Block]:
         yield Paragraph(f"The settings were chosen before: {describe_seen(seen)}")
     if "promise" in seen:
         yield Paragraph(describe_promise(seen["promise"]))
+
+
+def _skipping(skipping: SkipDiagnostics, folder: Path) -> Iterator[Block]:
+    yield Heading("Layers skipped")
+    yield Paragraph(f"At full depth, before any row leaves: {skipping.describe()}")
+    if draw_skip_chart(folder / "skipping.png", skipping):
+        yield Chart("skipping.png", "Share of the rows that skip each layer, and the commonest paths")
+    groups = {"all": skipping.shares, **skipping.class_shares}
+    shares = [(name, *(f"{share:.0%}" for share in group)) for name, group in groups.items()]
+    yield Table(("rows that skip layer", *(str(layer + 1) for layer in range(len(skipping.shares)))), shares)
+    paths = [(path or "none", f"{share:.1%}") for path, share in list(skipping.paths.items())[:MOST_PATHS]]
+    yield Table(("layers run", "share of rows"), paths)
 
 
 def _exit_table(qualities: Sequence[ExitQuality], metric: str) -> Table:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor
 
 from .benchmarking import INT8, BenchmarkGrid, on_device, threads_set
+from .configuration_costeff import require_no_gates
 from .efficiency import measure_alternating
 from .evaluation import Collator, collect_exit_logits, model_inputs
 from .exit_criteria import REGRESSION, ExitConfig
@@ -51,11 +51,13 @@ def measure_exit_times(
         rounds: Timed rounds; medians are taken.
 
     Raises:
-        ValueError: A batch size, thread count, number of rows or rounds below 1, or no rows.
+        ValueError: A batch size, thread count, number of rows or rounds below 1, no rows, or a model with skip gates,
+            whose rows take each a time of their own to an exit.
     """
     for name, value in (("batch_size", batch_size), ("threads", threads), ("rows", rows), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"`{name}` is {value}. It must be at least 1.")
+    require_no_gates(model.config, "Timing the exits")
     if not len(dataset):
         raise ValueError("There are no rows to time. Give some such as the model will serve.")
     picked = np.unique(np.linspace(0, len(dataset) - 1, max(rows, batch_size)).round().astype(int)).tolist()
@@ -96,7 +98,7 @@ def _nobody_leaves(regression: bool) -> ExitConfig:
 
 
 def _answer(
-    model: CostEffForSequenceClassification, batches: Sequence[Mapping[str, Tensor]], settings: ExitConfig | None
+    model: CostEffForSequenceClassification, batches: Sequence[Mapping[str, Any]], settings: ExitConfig | None
 ) -> None:
     for batch in batches:
         model.predict(**batch, early_exit=False if settings is None else settings)

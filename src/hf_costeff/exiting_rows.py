@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .exit_criteria import REGRESSION, ExitConfig, ExitCriterion
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -27,34 +29,46 @@ class ExitPlan:
         stops: 1-based layers whose exit is evaluated, ascending; the last is the model's depth, where everybody leaves.
             An exit that is not checked, or whose threshold lets nobody leave, costs nothing.
         problem_type: As upstream's `config.problem_type`.
+        skips: Whether gates decide which layers a row runs. The exit after a layer that a row skips is not asked about
+            it, but for the last, which always answers.
     """
 
     criterion: ExitCriterion | None
     exit_layers: list[int]
     stops: list[int]
     problem_type: str
+    skips: bool = False
 
     @classmethod
-    def make(cls, settings: ExitConfig | None, exit_layers: list[int], problem_type: str) -> ExitPlan:
+    def make(
+        cls, settings: ExitConfig | None, exit_layers: list[int], problem_type: str, skips: bool = False
+    ) -> ExitPlan:
         """The plan that these settings mean for a model with these exits.
 
         Args:
             settings: `None` for full depth.
             exit_layers: 1-based layers that own an exit.
             problem_type: As upstream's `config.problem_type`.
+            skips: Whether gates decide which layers a row runs.
 
         Raises:
-            ValueError: Settings that do not fit the model.
+            ValueError: Settings that do not fit the model, or its gates.
         """
         depth = exit_layers[-1]
         if settings is None:
-            return cls(None, exit_layers, [depth], problem_type)
+            return cls(None, exit_layers, [depth], problem_type, skips)
         if stray := set(settings.checked_exits or ()) - set(exit_layers):
             raise ValueError(f"`checked_exits` names layers without an exit: {sorted(stray)}. Exits: {exit_layers}.")
         criterion = settings.build_criterion(len(exit_layers), problem_type)
+        if skips and criterion.looks_back:
+            raise ValueError(
+                f"The {criterion.name} criterion compares the exits that a row has passed, and a row that skips a "
+                "layer has no answer there. Use the entropy, confidence or margin criterion (there is none for "
+                "regression), full depth with early_exit=False, or run every layer with skip_layers=False."
+            )
         asked = [settings.is_checked(layer) and criterion.can_leave(index) for index, layer in enumerate(exit_layers)]
         stops = [layer for layer, ask in zip(exit_layers, asked, strict=True) if ask or layer == depth]
-        return cls(criterion, exit_layers, stops, problem_type)
+        return cls(criterion, exit_layers, stops, problem_type, skips)
 
     def next_stop(self, depth: int) -> int:
         """The first stop behind layer `depth` (0: the embeddings)."""
@@ -102,11 +116,13 @@ class LeavingRows:
         numbers: The caller's number of each row.
         exit_layer: 1-based layer they left after.
         logits: Their answers, shape (rows, labels).
+        skipped: 1-based layers that each row has skipped, ascending.
     """
 
     numbers: list[int]
     exit_layer: int
     logits: Tensor
+    skipped: list[tuple[int, ...]]
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -123,9 +139,10 @@ class RunningRows:
         numbers: The caller's number of each row.
         ends: Position after the last real token of each row.
         counts: Real tokens of each row; fewer than its end where the padding is on the left.
-        hidden_states: Shape (rows, seq, hidden).
+        hidden_states: Shape (rows, seq, hidden). Written to where some of the rows run a layer and others skip it.
         padding_mask: 1 for real tokens, 0 for padding, shape (rows, seq); `None` where no row has padding.
-        depth: Layers that were run; 0 after the embeddings.
+        skipped: 1-based layers that each row has skipped, ascending.
+        depth: Layers that were run or skipped; 0 after the embeddings.
         seen: Raw logits at the stops so far, shape (rows, seen, labels); `None` before the first, and where the
             criterion does not look back.
         attention_mask: What the attention function takes, kept here while the rows stay the same; `None`: not made yet,
@@ -138,6 +155,7 @@ class RunningRows:
     counts: list[int]
     hidden_states: Tensor
     padding_mask: Tensor | None
+    skipped: list[tuple[int, ...]]
     depth: int = 0
     seen: Tensor | None = None
     attention_mask: Any = None
@@ -152,14 +170,17 @@ class RunningRows:
         """Columns that the rows need: up to the last real token of the longest."""
         return max(self.ends)
 
-    def leave(self, plan: ExitPlan, logits: Tensor) -> tuple[LeavingRows | None, RunningRows | None]:
+    def leave(
+        self, plan: ExitPlan, logits: Tensor, asked: Sequence[int] | None = None
+    ) -> tuple[LeavingRows | None, RunningRows | None]:
         """Ask the plan who leaves at the present depth.
 
         One transfer tells the host by what the rows are judged. Rows are moved only if some leave and some stay.
 
         Args:
             plan: Who may leave.
-            logits: Raw logits of the exit here, shape (rows, labels).
+            logits: Raw logits of the exit here, shape (asked, labels).
+            asked: Positions of the rows that they are of, ascending, at least one; the others stay. `None`: all.
 
         Returns:
             Who left and who goes on, `None` where nobody does.
@@ -167,37 +188,63 @@ class RunningRows:
         Raises:
             ValueError: If a logit is not finite.
         """
+        asked = range(len(self)) if asked is None else asked
         seen = logits.unsqueeze(1)
         if self.seen is not None:
             seen = torch.cat([self.seen, seen], dim=1)
         evidence, sums = plan.evidence(seen, self.depth), logits.sum(-1)
         if evidence is None:
-            leaves, on_host = [True] * len(self), sums.tolist()
+            leaves, on_host = [True] * len(asked), sums.tolist()
         else:
             judged, on_host = torch.stack([evidence, sums]).tolist()  # the one transfer
             leaves = plan.passes(judged, self.depth)
         if not math.isfinite(sum(on_host)):
-            self._check_finite(logits)
+            self._check_finite(logits, asked)
         if not any(leaves):
             self.seen = seen if plan.looks_back else None
             return None, self
-        if all(leaves):
-            return LeavingRows(self.numbers, self.depth, logits), None
+        if all(leaves) and len(asked) == len(self):
+            return LeavingRows(self.numbers, self.depth, logits, self.skipped), None
         self.seen = seen if plan.looks_back else None
-        leaving = [position for position, leave in enumerate(leaves) if leave]
-        left = LeavingRows(pick(self.numbers, leaving), self.depth, logits[host_index(leaving, logits.device)])
-        return left, self.select([position for position, leave in enumerate(leaves) if not leave])
+        leaving = [index for index, leave in enumerate(leaves) if leave]
+        answered = logits if all(leaves) else logits[host_index(leaving, logits.device)]
+        gone = pick(asked, leaving)
+        left = LeavingRows(pick(self.numbers, gone), self.depth, answered, pick(self.skipped, gone))
+        return left, self.select(sorted(set(range(len(self))).difference(gone)))
 
-    def _check_finite(self, logits: Tensor) -> None:
+    def _check_finite(self, logits: Tensor, asked: Sequence[int]) -> None:
         broken = (~logits.isfinite().all(-1)).tolist()
         if True not in broken:  # finite logits may have an infinite sum
             return
         position = broken.index(True)
         raise ValueError(
-            f"The logits of row {self.numbers[position]} after layer {self.depth} are {logits[position].tolist()}. "
-            f"They must be finite: the checkpoint is broken, or too large for {logits.dtype}. Load an intact one, or "
-            "use dtype=torch.float32."
+            f"The logits of row {self.numbers[asked[position]]} after layer {self.depth} are "
+            f"{logits[position].tolist()}. They must be finite: the checkpoint is broken, or too large for "
+            f"{logits.dtype}. Load an intact one, or use dtype=torch.float32."
         )
+
+    def split(self, skips: Sequence[bool]) -> tuple[list[int], RunningRows | None]:
+        """Step past the gate before the next layer: who runs it.
+
+        Args:
+            skips: Which rows skip the layer.
+
+        Returns:
+            Positions of those who run it, and they themselves, cropped to their longest: these very rows where all of
+            them do, `None` where nobody does. After the layer [`RunningRows.put`] takes them back.
+        """
+        running = [position for position, skip in enumerate(skips) if not skip]
+        layer = self.depth + 1
+        self.skipped = [(*past, layer) if skip else past for past, skip in zip(self.skipped, skips, strict=True)]
+        if not running:
+            return running, None
+        return running, self if len(running) == len(self) else self.select(running)
+
+    def put(self, positions: Sequence[int], rows: RunningRows | None) -> None:
+        """Take back the rows that ran a layer, as [`RunningRows.split`] gave them."""
+        if rows is not None and rows is not self:
+            index = host_index(positions, self.hidden_states.device)
+            self.hidden_states[index, : rows.hidden_states.shape[1]] = rows.hidden_states
 
     def select(self, positions: Sequence[int]) -> RunningRows:
         """Some of the rows, cropped to the longest of them.
@@ -219,6 +266,7 @@ class RunningRows:
             counts=counts,
             hidden_states=self.hidden_states[:, :columns][index],
             padding_mask=None if self.padding_mask is None or not padded else self.padding_mask[:, :columns][index],
+            skipped=pick(self.skipped, positions),
             depth=self.depth,
             seen=None if self.seen is None else self.seen[index],
             attend=self.attend,
@@ -256,6 +304,7 @@ class RunningRows:
             counts=[count for group in groups for count in group.counts],
             hidden_states=hidden_states,
             padding_mask=padding_mask,
+            skipped=[past for group in groups for past in group.skipped],
             depth=first.depth,
             seen=None if first.seen is None else torch.cat([group.seen for group in groups if group.seen is not None]),
             attend=first.attend,
@@ -290,7 +339,7 @@ def ends_and_counts(attention_mask: Tensor | None, rows: int, columns: int) -> t
     return ends, counts
 
 
-def pick(values: Sequence[int], positions: Iterable[int]) -> list[int]:
+def pick(values: Sequence[Value], positions: Iterable[int]) -> list[Value]:
     """The values at these positions.
 
     >>> pick([4, 5, 6], [2, 0])

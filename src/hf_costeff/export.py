@@ -24,6 +24,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .configuration_costeff import require_no_gates
 from .data import make_collator
 from .efficiency import Latency, measure_alternating
 from .encoder_layers import eager_attention
@@ -224,6 +225,7 @@ def write_graphs(
         folder: An empty folder.
     """
     config = model.config
+    require_no_gates(config, "Export to graphs")
     model.costeff.exit_plan()  # refuses saved settings that do not fit
     saved = ExitConfig() if config.exit_config is None else ExitConfig.from_dict(config.exit_config)
     depth = config.num_hidden_layers

@@ -7,6 +7,7 @@ weighting is the gradient equilibrium inside the model. Within an exit, a part i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -155,6 +156,70 @@ def difficulty_loss(exit_logits: Sequence[Tensor], hard: Tensor, problem_type: s
             raise ValueError("A regression model has no confidence, so nothing can be learned from difficulty.")
         surer = torch.ones_like(confidence[easy])
         total = total + functional.margin_ranking_loss(confidence[easy], confidence[partners], surer, margin)
+    return total
+
+
+def skip_loss(skip_probabilities: Sequence[Tensor], around: float | None = None) -> Tensor:
+    """The incentive to skip: 1 / (sum over layers of the batch's mean probability of skipping), as SmartBERT has it.
+
+    The batch stands inside the reciprocal, so the gradient of a batch is not the mean of those of its parts. The
+    tangent `around` a fixed sum has the same slope for every part.
+
+    Args:
+        skip_probabilities: The soft probability of every gate, shape (batch,) per layer, also where weights are hard.
+        around: Sum at which the tangent is taken, above 0; `None` takes the reciprocal itself.
+
+    Returns:
+        A scalar, at least 1 / layers.
+
+    Example: two layers are skipped with probability 1/4 each on average.
+
+        >>> skip_loss([torch.tensor([0.5, 0.0]), torch.tensor([0.25, 0.25])])
+        tensor(2.)
+        >>> skip_loss([torch.tensor([0.5, 0.0]), torch.tensor([0.25, 0.25])], around=1.0)
+        tensor(1.5000)
+    """
+    total = torch.stack([layer.float().mean() for layer in skip_probabilities]).sum()
+    return 1 / total if around is None else (2 * around - total) / around**2
+
+
+def cross_layer_contrastive_loss(
+    states: Sequence[Tensor], attention_mask: Tensor | None, temperature: float = 0.5
+) -> Tensor:
+    """How badly a token is told from the others of its text by what the next depth says of it, summed over pairs.
+
+    SmartBERT's (Hu et al. 2023): for each pair of adjacent depths, token i of the first is compared by cosine with all
+    tokens of the same text at the second; the part is the mean over tokens of -log softmax_i(cosine / temperature),
+    then over the batch. Unlike the released code, padding is neither asked nor compared with, and the right token is in
+    the denominator everywhere.
+
+    Args:
+        states: Projected token states, shallow first, each of shape (batch, seq, width).
+        attention_mask: 1 for real tokens, shape (batch, seq); `None` where nothing is padded.
+        temperature: Divisor of the cosines, above 0.
+
+    Returns:
+        A scalar; 0 where there are fewer than two depths. A text of one token adds 0.
+
+    Example: two tokens at right angles, unchanged by the layer.
+
+        >>> tokens = torch.eye(2)[None]
+        >>> cross_layer_contrastive_loss([tokens, tokens], None, temperature=1.0)
+        tensor(0.3133)
+    """
+    total = states[0].new_zeros((), dtype=torch.float32)
+    batch, seq, _ = states[0].shape
+    if attention_mask is None:
+        attention_mask = states[0].new_ones(batch, seq, dtype=torch.float32)
+    real = attention_mask.bool()
+    token_weights = real.float() / (real.sum(dim=1, keepdim=True).clamp(min=1) * batch)
+    with torch.autocast(states[0].device.type, enabled=False):
+        directions = [functional.normalize(state.float(), dim=-1) for state in states]
+        for tokens, others in pairwise(directions):
+            cosines = (tokens @ others.transpose(1, 2)).masked_fill(~real[:, None], -torch.inf)
+            cosines = cosines.masked_fill(~real[:, :, None], 0.0)  # what padding says has no weight, and must be finite
+            log_shares = functional.log_softmax(cosines / temperature, dim=-1)
+            total = total - (log_shares.diagonal(dim1=1, dim2=2) * token_weights).sum()
     return total
 
 

@@ -192,7 +192,7 @@ class CostEffCascade(CostEffPreTrainedModel):
         warn_if_void(self, None if settings is None else settings.calibration)
         return plan
 
-    def ask_member(self, member: int, inputs: dict[str, Tensor], full_depth: bool = False) -> tuple[Tensor, Tensor]:
+    def ask_member(self, member: int, inputs: dict[str, Any], full_depth: bool = False) -> tuple[Tensor, Tensor]:
         """What one member says of a batch. Call it inside [`inference`].
 
         Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,77 +15,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_costeff import CostEffConfig
+from .configuration_costeff import EXIT_HEAD_HEADS, GATE_HEADS, CostEffConfig
 from .encoder_layers import CostEffEmbeddings, CostEffLayer, eager_attention
 from .exit_criteria import ExitConfig, answer_confidence, probabilities
-from .exit_heads import EXIT_HEAD_CLASSES, EXIT_POOLING_FUNCTIONS
+from .exit_heads import EXIT_HEAD_CLASSES, EXIT_POOLING_FUNCTIONS, FreshLinear
 from .exiting_rows import ExitPlan, LeavingRows, RunningRows, ends_and_counts, host_index, pick
 from .hub import CARD, copy_report, plain_card, push_folder
+from .modeling_outputs import CostEffClassifierOutput, CostEffModelOutput, CostEffPrediction
 from .packed_linear import PackedLinear, use_packed_layers
 from .promises import warn_if_void
+from .skip_gates import SKIP_GATE_CLASSES, SkipMixing
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """What `predict` takes of a tokenizer's output."""
-
-
-@dataclass
-class CostEffModelOutput(ModelOutput):
-    """What [`CostEffModel`] returns.
-
-    Args:
-        last_hidden_state: Output of the last layer, shape (batch, seq, hidden).
-        exit_logits: Raw logits of every exit, shallow first, each of shape (batch, labels).
-        hidden_states: With `output_hidden_states=True`: embedding output and every layer's output, layers + 1 tensors
-            of shape (batch, seq, hidden).
-        attentions: With `output_attentions=True` and eager attention: shape (batch, heads, seq, seq) per layer, `None`
-            for a layer without heads.
-    """
-
-    last_hidden_state: Tensor | None = None
-    exit_logits: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor | None, ...] | None = None
-
-
-@dataclass
-class CostEffClassifierOutput(ModelOutput):
-    """What [`CostEffForSequenceClassification`] returns.
-
-    Args:
-        loss: Sum of the task loss over all exits, a scalar; only if labels were given.
-        logits: Raw logits of the last exit, shape (batch, labels).
-        exit_logits: As in [`CostEffModelOutput`].
-        hidden_states: As in [`CostEffModelOutput`].
-        attentions: As in [`CostEffModelOutput`].
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    exit_logits: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor | None, ...] | None = None
-
-
-@dataclass
-class CostEffPrediction(ModelOutput):
-    """What `predict` returns, in the caller's row order.
-
-    Args:
-        logits: Raw logits of the exit each row left at, shape (batch, labels).
-        exit_layer: 1-based layer each row left after, shape (batch,).
-        probabilities: Softmax or sigmoid of the temperature-scaled logits, the values themselves for regression, shape
-            (batch, labels).
-        confidence: Largest probability (single label) or that of the least sure label's decision (multi-label), shape
-            (batch,); `None` for regression.
-    """
-
-    logits: Tensor | None = None
-    exit_layer: Tensor | None = None
-    probabilities: Tensor | None = None
-    confidence: Tensor | None = None
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -119,6 +62,9 @@ class CostEffPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["CostEffLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FreshLinear):
+            module.reset_parameters()
+            return
         super()._init_weights(module)
         if isinstance(module, PackedLinear):
             initialization.normal_(module.values, std=self.config.initializer_range)
@@ -218,13 +164,25 @@ class CostEffModel(CostEffPreTrainedModel):
             for num_heads, num_neurons in zip(config.num_attention_heads, config.intermediate_size, strict=True)
         )
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        pool = EXIT_POOLING_FUNCTIONS[config.exit_pooling]
+        shared = {
+            "pool": EXIT_POOLING_FUNCTIONS[config.exit_pooling],
+            "attention_dropout": config.attention_probs_dropout_prob,
+        }
+        head_class = EXIT_HEAD_CLASSES[config.exit_head]
+        sizes = {"size": config.exit_head_size, "num_heads": EXIT_HEAD_HEADS}
         self.exits = nn.ModuleDict(
             {
-                str(layer): EXIT_HEAD_CLASSES[config.exit_head](config.hidden_size, config.num_labels, dropout, pool)
+                str(layer): head_class(config.hidden_size, config.num_labels, dropout, **sizes, **shared)
                 for layer in config.exit_layers
             }
         )
+        self.gates = nn.ModuleList()
+        if config.skip_gates is not None:
+            gate_class = SKIP_GATE_CLASSES[config.skip_gates]
+            self.gates.extend(
+                gate_class(config.hidden_size, size=config.gate_size, num_heads=GATE_HEADS, **shared)
+                for _ in self.layers
+            )
         use_packed_layers(self, config.packed_layers)
         self.post_init()
 
@@ -257,9 +215,16 @@ class CostEffModel(CostEffPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         gradient_equilibrium: bool | None = None,
+        hard_gates: bool | None = None,
+        use_gates: bool = True,
+        output_exit_states: bool = False,
         **kwargs: Any,
     ) -> CostEffModelOutput:
         """Run every layer and every exit.
+
+        With gates, a layer's output o_l = F_l(h_{l-1}) and what it was given are mixed: h_l = (1 - g) o_l + g h_{l-1},
+        where g is the row's probability of skipping the layer. The exit after a layer looks at o_l, and the last one at
+        the mixed h_L, which always answers.
 
         Args:
             input_ids: Token indices, shape (batch, seq).
@@ -270,7 +235,14 @@ class CostEffModel(CostEffPreTrainedModel):
             output_hidden_states: Also return all hidden states; `None` uses the config.
             output_attentions: Also return attention weights (eager attention only); `None` uses the config.
             gradient_equilibrium: Overrides the config's; changes gradients only, never results.
+            hard_gates: Whether g counts as 1 from `skip_threshold` on and as 0 below, with the gradient of g itself
+                (straight-through): what `predict` does. `None`: not in training mode. Without gates nothing changes.
+            use_gates: `False` runs every layer whatever the gates say.
+            output_exit_states: Also return the token states of the exit heads.
             **kwargs: Ignored.
+
+        Raises:
+            ValueError: `output_exit_states` of a model without attention exit heads.
         """
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -278,8 +250,10 @@ class CostEffModel(CostEffPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         equilibrium = self.config.gradient_equilibrium if gradient_equilibrium is None else gradient_equilibrium
         embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
+        mixing = self._mixing(hard_gates) if len(self.gates) and use_gates else None
         hidden_states = [embedded] if output_hidden_states else None
         attentions: list[Tensor | None] | None = [] if output_attentions else None
+        exit_states = self._exit_states() if output_exit_states else None
         last_hidden_state, exit_logits = self.run_layers(
             embedded,
             attention_mask,
@@ -289,6 +263,8 @@ class CostEffModel(CostEffPreTrainedModel):
             exits=self.config.exit_layers,
             hidden_states=hidden_states,
             attentions=attentions,
+            exit_states=exit_states,
+            mixing=mixing,
             equilibrium=equilibrium and torch.is_grad_enabled(),
         )
         return CostEffModelOutput(
@@ -296,6 +272,8 @@ class CostEffModel(CostEffPreTrainedModel):
             exit_logits=tuple(exit_logits),
             hidden_states=None if hidden_states is None else tuple(hidden_states),
             attentions=None if attentions is None else tuple(attentions),
+            skip_probabilities=None if mixing is None else tuple(mixing.probabilities),
+            exit_states=None if exit_states is None else tuple(exit_states),
         )
 
     def predict(
@@ -304,8 +282,9 @@ class CostEffModel(CostEffPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         early_exit: bool | float | ExitConfig | None = None,
+        skip_layers: bool | None = None,
     ) -> CostEffPrediction:
-        """Classify, letting each row leave at the first exit that is sure of it.
+        """Classify, letting each row leave at the first exit that is sure of it, and skip layers as its gates say.
 
         Rows that leave are dropped from the running batch and the rest is cropped to its longest row; a row's answer
         does not depend on the batch it came in, if the padding is on the right. Runs without dropout and gradients
@@ -318,15 +297,17 @@ class CostEffModel(CostEffPreTrainedModel):
             early_exit: `None` what the model was saved with (full depth if nothing was), `False` full depth, `True` the
                 saved settings, a number a threshold on the normalised entropy (0: nobody leaves early, 1: everybody
                 leaves at the first exit), or an [`ExitConfig`].
+            skip_layers: Whether rows skip the layers whose gates say so; the exits of these are not asked about them,
+                but for the last, which always answers. `None`: if there are gates. `False` runs every layer.
 
         Returns:
-            Logits, exit layers, probabilities and confidence, in the caller's order.
+            Logits, exit layers, probabilities, confidence and skipped layers, in the caller's order.
 
         Raises:
             ValueError: Empty batch, a row of padding only, `early_exit=True` without saved settings, settings that do
-                not fit the model, or logits that are not finite.
+                not fit the model or its gates, `skip_layers=True` without gates, or logits that are not finite.
         """
-        plan = self.exit_plan(early_exit)
+        plan = self.exit_plan(early_exit, skip_layers)
         with inference(self):
             rows: RunningRows | None = self.enter(input_ids, attention_mask, token_type_ids)
             left = []
@@ -335,18 +316,29 @@ class CostEffModel(CostEffPreTrainedModel):
                 left += [] if leaving is None else [leaving]
         return self.answer(left, plan)
 
-    def exit_plan(self, early_exit: bool | float | ExitConfig | None = None) -> ExitPlan:
+    def exit_plan(
+        self, early_exit: bool | float | ExitConfig | None = None, skip_layers: bool | None = None
+    ) -> ExitPlan:
         """What `predict(early_exit=...)` means for this model: which exits are asked, and who may leave there.
 
         Args:
             early_exit: As for `predict`.
+            skip_layers: As for `predict`.
 
         Raises:
-            ValueError: `early_exit=True` without saved settings, or settings that do not fit the model.
+            ValueError: `early_exit=True` without saved settings, settings that do not fit the model or its gates, or
+                `skip_layers=True` without gates.
         """
+        if skip_layers and not len(self.gates):
+            raise ValueError(
+                f"`skip_layers` is {skip_layers}, and this model has no gates. Leave it out, or give the model gates "
+                "and train them: hf_costeff.add_skip_gates(model)."
+            )
+        skips = bool(len(self.gates) if skip_layers is None else skip_layers)
         settings = ExitConfig.resolve(early_exit, self.config.exit_config)
-        plan = ExitPlan.make(settings, self.config.exit_layers, self.config.resolved_problem_type)
-        warn_if_void(self, None if settings is None else settings.calibration)
+        plan = ExitPlan.make(settings, self.config.exit_layers, self.config.resolved_problem_type, skips)
+        threshold = self.config.skip_threshold if skips else None
+        warn_if_void(self, None if settings is None else settings.calibration, threshold)
         return plan
 
     def enter(
@@ -380,6 +372,7 @@ class CostEffModel(CostEffPreTrainedModel):
             counts=counts,
             hidden_states=self._embed(input_ids[:, :columns], types, None, None),
             padding_mask=None if attention_mask is None or not padded else attention_mask[:, :columns],
+            skipped=[()] * len(ends),
             attend=self._attention_function(),
         )
 
@@ -397,6 +390,23 @@ class CostEffModel(CostEffPreTrainedModel):
             ValueError: If logits are not finite.
         """
         stop = plan.next_stop(rows.depth)
+        if not plan.skips:
+            return rows.leave(plan, self._run(rows, stop, [stop])[0])
+        asked: list[int] = []
+        while rows.depth < stop:
+            layer = rows.depth + 1
+            decided = self.gates[layer - 1](rows.hidden_states, rows.padding_mask) >= self.config.skip_threshold
+            asked, running = rows.split(decided.tolist())  # the one transfer
+            if running is not None:
+                answers = self._run(running, layer, [stop] if layer == stop else [])
+                rows.put(asked, running)
+            rows.depth = layer
+        if stop == self.config.num_hidden_layers and len(asked) < len(rows):  # who skips it is answered there too
+            return rows.leave(plan, self.exits[str(stop)](rows.hidden_states, rows.padding_mask))
+        return rows.leave(plan, answers[0], asked) if asked else (None, rows)
+
+    def _run(self, rows: RunningRows, stop: int, exits: Collection[int]) -> list[Tensor]:
+        """Run rows on to a layer; the logits of the exits there."""
         if rows.attention_mask is None and rows.padding_mask is not None:
             rows.attention_mask = create_bidirectional_mask(
                 self.config,
@@ -404,16 +414,16 @@ class CostEffModel(CostEffPreTrainedModel):
                 attention_mask=rows.padding_mask,
                 allow_is_bidirectional_skip=False,  # the host knows that there is padding; looking would wait
             )
-        rows.hidden_states, (logits,) = self.run_layers(
+        rows.hidden_states, logits = self.run_layers(
             rows.hidden_states,
             rows.padding_mask,
             rows.attention_mask,
             rows.attend,
             depths=range(rows.depth + 1, stop + 1),
-            exits=[stop],
+            exits=exits,
         )
         rows.depth = stop
-        return rows.leave(plan, logits)
+        return logits
 
     def answer(self, left: Sequence[LeavingRows], plan: ExitPlan) -> CostEffPrediction:
         """What rows answered, in the order of their numbers. Call it outside [`inference`].
@@ -426,14 +436,36 @@ class CostEffModel(CostEffPreTrainedModel):
         logits = torch.cat([rows.logits for rows in left])
         scaled = torch.cat([plan.scaled(rows.logits, rows.exit_layer) for rows in left])
         layers = [rows.exit_layer for rows in left for _ in rows.numbers]
+        skipped = [layers for rows in left for layers in rows.skipped]
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
         if order != list(range(len(numbers))):
-            index, layers = host_index(order, logits.device), pick(layers, order)
+            index, layers, skipped = host_index(order, logits.device), pick(layers, order), pick(skipped, order)
             logits, scaled = logits[index], scaled[index]
         chances = probabilities(scaled, plan.problem_type)
-        confidence = answer_confidence(chances, plan.problem_type)
-        exit_layer = host_index(layers, logits.device)
-        return CostEffPrediction(logits=logits, exit_layer=exit_layer, probabilities=chances, confidence=confidence)
+        return CostEffPrediction(
+            logits=logits,
+            exit_layer=host_index(layers, logits.device),
+            probabilities=chances,
+            confidence=answer_confidence(chances, plan.problem_type),
+            skipped_layers=self._marked(skipped).to(logits.device, non_blocking=True) if plan.skips else None,
+        )
+
+    def _marked(self, layers: Sequence[Sequence[int]]) -> Tensor:
+        """Booleans of shape (rows, layers), True at these 1-based layers of each row."""
+        depth = self.config.num_hidden_layers
+        return torch.tensor([[layer in own for layer in range(1, depth + 1)] for own in layers])
+
+    def _mixing(self, hard_gates: bool | None) -> SkipMixing:
+        hard = not self.training if hard_gates is None else hard_gates
+        return SkipMixing(self.config.skip_threshold if hard else None)
+
+    def _exit_states(self) -> list[Tensor]:
+        if self.config.exit_head != "attention":
+            raise ValueError(
+                f"`output_exit_states` is True and `exit_head` {self.config.exit_head!r}. Only attention exit heads "
+                "have token states: build the model with exit_head='attention'."
+            )
+        return []
 
     def _embed(
         self,
@@ -460,6 +492,8 @@ class CostEffModel(CostEffPreTrainedModel):
         exits: Collection[int],
         hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor | None] | None = None,
+        exit_states: list[Tensor] | None = None,
+        mixing: SkipMixing | None = None,
         equilibrium: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """The one loop over layers and exits.
@@ -472,27 +506,32 @@ class CostEffModel(CostEffPreTrainedModel):
             attend: Attention function, with the arguments of [`eager_attention`].
             depths: 1-based layers to run, in order.
             exits: Layers whose exit answers, if they are among them.
-            hidden_states: Every layer's output is appended here, shape (batch, seq, hidden).
+            hidden_states: What goes on after every layer is appended here, shape (batch, seq, hidden).
             attentions: The same for attention weights.
+            exit_states: The same for the token states of attention exit heads, shape (batch, seq, exit_head_size).
+            mixing: Mixes every layer's output with what it was given, as the gates say; `None`: every layer runs.
             equilibrium: Whether gradients are scaled by the number of exits ahead.
 
         Returns:
             Output of the last layer, shape (batch, seq, hidden), and raw logits of the exits, each (batch, labels).
         """
         exit_logits: list[Tensor] = []
+        kept = {} if exit_states is None else {"exit_states": exit_states}
         for depth in depths:
             # Equilibrium: with m exits at or after a layer, x m into it and x 1/m out of it leave it the mean gradient.
             exits_ahead = len(exits) - len(exit_logits)
             inward = ScaleGradient.apply(hidden, exits_ahead) if equilibrium and depth > 1 else hidden
-            hidden, weights = self.layers[depth - 1](inward, attention_mask, attend)
+            made, weights = self.layers[depth - 1](inward, attention_mask, attend)
+            hidden = made if mixing is None else mixing(inward, made, self.gates[depth - 1](inward, padding_mask))
             if equilibrium:
-                hidden = ScaleGradient.apply(hidden, 1 / exits_ahead)
+                made, hidden = (ScaleGradient.apply(states, 1 / exits_ahead) for states in (made, hidden))
             if hidden_states is not None:
                 hidden_states.append(hidden)
             if attentions is not None:
                 attentions.append(weights)
             if depth in exits:
-                exit_logits.append(self.exits[str(depth)](hidden, padding_mask))
+                answers_from = hidden if depth == self.config.num_hidden_layers else made
+                exit_logits.append(self.exits[str(depth)](answers_from, padding_mask, **kept))
         return hidden, exit_logits
 
 
@@ -517,6 +556,9 @@ class CostEffForSequenceClassification(CostEffPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         gradient_equilibrium: bool | None = None,
+        hard_gates: bool | None = None,
+        use_gates: bool = True,
+        output_exit_states: bool = False,
         **kwargs: Any,
     ) -> CostEffClassifierOutput:
         """As [`CostEffModel.forward`]; with `labels` also the task loss, summed over all exits.
@@ -531,6 +573,9 @@ class CostEffForSequenceClassification(CostEffPreTrainedModel):
             output_hidden_states: Also return all hidden states.
             output_attentions: Also return attention weights (eager attention only).
             gradient_equilibrium: Overrides the config's.
+            hard_gates: Whether gates decide or mix; `None`: they mix in training mode.
+            use_gates: `False` runs every layer.
+            output_exit_states: Also return the token states of attention exit heads.
             **kwargs: Ignored.
         """
         outputs = self.costeff(
@@ -542,6 +587,9 @@ class CostEffForSequenceClassification(CostEffPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             gradient_equilibrium=gradient_equilibrium,
+            hard_gates=hard_gates,
+            use_gates=use_gates,
+            output_exit_states=output_exit_states,
             return_dict=True,
         )
         loss = None
@@ -553,6 +601,8 @@ class CostEffForSequenceClassification(CostEffPreTrainedModel):
             exit_logits=outputs.exit_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            skip_probabilities=outputs.skip_probabilities,
+            exit_states=outputs.exit_states,
         )
 
     def predict(
@@ -561,14 +611,16 @@ class CostEffForSequenceClassification(CostEffPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         early_exit: bool | float | ExitConfig | None = None,
+        skip_layers: bool | None = None,
     ) -> CostEffPrediction:
         """See [`CostEffModel.predict`]."""
-        return self.costeff.predict(input_ids, attention_mask, token_type_ids, early_exit)
+        return self.costeff.predict(input_ids, attention_mask, token_type_ids, early_exit, skip_layers)
 
     def truncate(self, exit_layer: int) -> CostEffForSequenceClassification:
         """A new, shallower model that ends where an exit is, and answers at full depth what that exit answers here.
 
-        Earlier exits stay; saved exit settings do not, because they were chosen for the deeper model.
+        Earlier exits and gates stay; saved exit settings do not, because they were chosen for the deeper model. Rows
+        that skip the new last layer are answered too, by an exit that was never asked about them before.
 
         Args:
             exit_layer: 1-based layer of the exit.

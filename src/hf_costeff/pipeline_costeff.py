@@ -19,12 +19,13 @@ class CostEffClassificationPipeline(TextClassificationPipeline):
     Of a cascade it says by which member too, as `exit_model`, if the members share a tokenizer.
 
     Takes what `pipeline("text-classification")` takes, pairs, `top_k` and `function_to_apply` included, and
-    `early_exit`, when it is made or called; what that means is said at `predict`. Scores are `predict`'s probabilities,
+    `early_exit` and `skip_layers`, when it is made or called; what they mean is said at `predict`. Of a model whose
+    rows skip layers it also says how many were run, as `layers_run`. Scores are `predict`'s probabilities,
     after the exit's temperature; a `function_to_apply` is applied to the raw logits.
     """
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        exits = {name: parameters.pop(name) for name in ("early_exit",) if name in parameters}
+        exits = {name: parameters.pop(name) for name in ("early_exit", "skip_layers") if name in parameters}
         preprocess, forward, postprocess = super()._sanitize_parameters(**parameters)
         return preprocess, {**forward, **exits}, postprocess
 
@@ -44,5 +45,9 @@ class CostEffClassificationPipeline(TextClassificationPipeline):
             model_outputs = {**model_outputs, "logits": model_outputs["probabilities"]}
             function_to_apply = ClassificationFunction.NONE
         answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, **settings)
-        left = {name: int(model_outputs[name][0]) for name in ("exit_model", "exit_layer") if name in model_outputs}
+        left: dict[str, int] = {
+            name: int(model_outputs[name][0]) for name in ("exit_model", "exit_layer") if name in model_outputs
+        }
+        if "skipped_layers" in model_outputs:
+            left["layers_run"] = left["exit_layer"] - int(model_outputs["skipped_layers"][0].sum())
         return {**answers, **left} if isinstance(answers, dict) else [{**row, **left} for row in answers]

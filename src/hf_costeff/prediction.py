@@ -48,6 +48,7 @@ def predict_texts(
     rows: Iterable[Any],
     *,
     early_exit: bool | float | ExitConfig | None = None,
+    skip_layers: bool | None = None,
     top_k: int | None = None,
     text_columns: Sequence[str] | None = None,
     batch_size: int = 32,
@@ -64,6 +65,7 @@ def predict_texts(
         tokenizer: Its tokenizer; of a cascade whose members have their own, one per member.
         rows: A list, a `datasets.Dataset`, a generator, ...: of strings, of pairs of strings, or of dicts.
         early_exit: As for `predict`.
+        skip_layers: As for `predict`; not for a cascade.
         top_k: How many labels to name, best first; more than there are means all. `None` names the best alone.
         text_columns: Key of the text in a dict, or the two of a pair; `None` finds them by the usual names.
         batch_size: Rows that run together.
@@ -74,8 +76,9 @@ def predict_texts(
 
     Returns:
         An iterator of dicts, with `label`, `score` (its probability, after the exit's temperature; for regression the
-        value) and `exit_layer` (how many layers the row ran, from 1), of a cascade also `exit_model` (the member that
-        answered, from 1; the layer is the one within it). With `top_k` there are `labels` and `scores`, two lists,
+        value) and `exit_layer` (the layer after which the row left, from 1), of a cascade also `exit_model` (the member
+        that answered, from 1; the layer is the one within it). Where layers may be skipped, `layers_run` says how many
+        of those up to the exit were not. With `top_k` there are `labels` and `scores`, two lists,
         instead of the first two.
 
     Raises:
@@ -95,13 +98,15 @@ def predict_texts(
         )
     keep_freed_memory()
     if isinstance(model, CostEffCascade):
+        if skip_layers is not None:
+            raise ValueError(f"`skip_layers` is {skip_layers}, and no member of a cascade has gates. Leave it out.")
         readers = _member_readers(model, tokenizer, text_columns, max_length, batch_size)
         return _cascade_answers(model, readers, model.exit_plan(early_exit), rows, top_k, window, show_progress)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"`tokenizer` is a {type(tokenizer).__name__}. A single model has a single tokenizer.")
     max_length = resolve_max_length(tokenizer, max_length, model.config.longest_text)
     reader = TextReader(tokenizer, text_columns, max_length, batch_size)
-    plan = model.costeff.exit_plan(early_exit)
+    plan = model.costeff.exit_plan(early_exit, skip_layers)
     return _answers(model, reader, plan, rows, top_k, window, show_progress)
 
 
@@ -202,6 +207,8 @@ def _named(prediction: CostEffPrediction, names: dict[int, str], top_k: int | No
     chances = prediction["probabilities"].float()
     best = chances.topk(min(top_k or 1, chances.shape[-1]), dim=-1)
     where = {name: prediction[name].tolist() for name in ("exit_model", "exit_layer") if name in prediction}
+    if "skipped_layers" in prediction:
+        where["layers_run"] = (prediction["exit_layer"] - prediction["skipped_layers"].sum(1)).tolist()
     for row, (scores, labels) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
         found = [names[label] for label in labels]
         named = {"label": found[0], "score": scores[0]} if top_k is None else {"labels": found, "scores": scores}

@@ -1,4 +1,4 @@
-"""Whether a stored promise was made for the weights at hand."""
+"""Whether a stored promise was made for the weights, and the skipping, at hand."""
 
 from __future__ import annotations
 
@@ -27,16 +27,23 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def warn_if_void(model: nn.Module, calibration: dict[str, Any] | None) -> None:
-    """Warn once when the promise in a calibration record names other weights than the model's.
+def warn_if_void(model: nn.Module, calibration: dict[str, Any] | None, skip_threshold: float | None = None) -> None:
+    """Warn once when the promise in a calibration record is for other weights than the model's, or other paths.
 
     Args:
         model: The model that answers. Weights are read again only after they were replaced or written to.
         calibration: `ExitConfig.calibration`; nothing happens without a promise that names its weights.
+        skip_threshold: At which probability rows skip layers; `None` where none is skipped.
     """
     promised = ((calibration or {}).get("promise") or {}).get("fingerprint")
     if promised is None:
         return
+    promised_for = (calibration or {}).get("skip_threshold")
+    if promised_for != skip_threshold:
+        logger.warning_once(
+            f"The exit settings were promised for a skip threshold of {promised_for}, and it is {skip_threshold} "
+            "(None: no layer is skipped). The promise is void. Run `hf-costeff calibrate` again."
+        )
     state = [(name, p.data_ptr(), 0 if p.is_inference() else p._version) for name, p in model.named_parameters()]
     known, found = getattr(model, "_known_fingerprint", (None, ""))
     if known != state:

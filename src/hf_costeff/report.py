@@ -18,6 +18,9 @@ from .evaluation import ReportRow, format_table
 from .exit_replay import ExitOutcome
 from .hub import read_json
 
+COMPRESSION, SKIPPING = "efficiency.json", "layer_skipping.json"
+"""What the recipes call their reports."""
+
 
 @dataclass(frozen=True)
 class CompressionResult:
@@ -58,7 +61,7 @@ def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts:
         **{name: fact for name, fact in facts.items() if name != "widths"},
         "settings": {name: without_folders(value) for name, value in facts["settings"].items()},
     }
-    (result.model_path / "efficiency.json").write_text(json.dumps(report, indent=1))
+    (result.model_path / COMPRESSION).write_text(json.dumps(report, indent=1))
     (result.model_path / "SUMMARY.md").write_text(summarize(result, report))
     draw_pareto_chart(result.model_path / "pareto.png", result.rows, curve, result.metric)
 
@@ -66,29 +69,28 @@ def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts:
 def drop_exit_figures(folder: str | Path) -> bool:
     """Take out of a model's folder what was measured with exit settings that it no longer has.
 
-    `efficiency.json` keeps everything else: teacher, assistant, full depth, plan, stages. `SUMMARY.md` and `pareto.png`
-    speak of early exit throughout and are removed.
+    The report of a compression, or of layer skipping, keeps everything else: teacher, assistant, full depth, plan,
+    stages. `SUMMARY.md` and `pareto.png` speak of early exit throughout and are removed.
 
     Args:
         folder: A saved model, with the report of its run or without.
 
     Returns:
-        Whether there was a report.
+        Whether there was the report of a compression, of which a card can be made.
 
     Raises:
-        ValueError: If `efficiency.json` is damaged.
+        ValueError: If a report is damaged.
     """
     folder = Path(folder)
-    file = folder / "efficiency.json"
-    if not file.exists():
-        return False
-    report = read_json(file)
-    if report["exit_config"] is not None:
-        report |= {"rows": report["rows"][:-1], "exit_config": None, "classes": [], "curve": []}
-        file.write_text(json.dumps(report, indent=1))
-    for name in ("SUMMARY.md", "pareto.png"):
+    reports = [folder / name for name in (COMPRESSION, SKIPPING) if (folder / name).exists()]
+    for file in reports:
+        report = read_json(file)
+        if report["exit_config"] is not None:
+            report |= {"rows": report["rows"][:-1], "exit_config": None, "classes": [], "curve": []}
+            file.write_text(json.dumps(report, indent=1))
+    for name in ("SUMMARY.md", "pareto.png") if reports else ():
         (folder / name).unlink(missing_ok=True)
-    return True
+    return folder / COMPRESSION in reports
 
 
 def without_folders(value: Any) -> Any:

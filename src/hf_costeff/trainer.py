@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import Tensor, nn
@@ -31,7 +32,15 @@ from .losses import difficulty_loss, representation_loss, soft_label_loss, task_
 from .metrics import compute_metrics as default_metrics
 from .model_card import TrainingCard, describe_losses
 from .modeling_costeff import CostEffForSequenceClassification
-from .training_args import CostEffTrainingArguments
+from .skip_training import (
+    LEARNING_EXITS,
+    ContrastiveHeads,
+    SkipIncentive,
+    check_skip_settings,
+    frozen,
+    frozen_modules,
+)
+from .training_args import ALL, EXITS, CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -182,9 +191,15 @@ class CostEffTrainer(ResumableTrainer):
     """Trains all exits at once, on true labels, a teacher's soft labels and a teacher's hidden states.
 
     The teacher is a plain attribute: frozen, in evaluation mode, never in a checkpoint. With one, rows need no labels.
-    Every loss part (`task_loss`, `soft_label_loss`, `representation_loss`, `difficulty_loss`) is logged by name, and
-    every exit's metrics as `eval_exit_<layer>_<metric>`, with `eval_mean_exit_<metric>` over all exits (COST-EFF's
-    criterion for the checkpoint to keep) and `eval_<metric>` for the last.
+    Every loss part (`task_loss`, `soft_label_loss`, `representation_loss`, `difficulty_loss`, `skip_loss`,
+    `contrastive_loss`, `exit_contrastive_loss`) is logged by name, and every exit's metrics as
+    `eval_exit_<layer>_<metric>`, with `eval_mean_exit_<metric>` over all exits (COST-EFF's criterion for the checkpoint
+    to keep) and `eval_<metric>` for the last.
+
+    A model with skip gates is trained with soft, then with hard weights, and evaluated as it will predict: `layers_run`
+    is what a row runs on average at full depth, and `eval_<metric>` thus the metric with skipping alone. With
+    `target_layers` there is also `eval_<metric>_on_target`, the metric less 10 for every layer that a row runs beyond
+    the target and a twentieth of the depth, to keep a checkpoint by.
 
     Checkpoints carry checksums: `train(resume_from_checkpoint=True)` takes the newest one that is whole.
 
@@ -249,8 +264,12 @@ class CostEffTrainer(ResumableTrainer):
         if args.difficulty_weight:
             check_hard_rows(self.train_dataset, config.resolved_problem_type)
             self.loss_weights["difficulty_loss"] = args.difficulty_weight
-        self.regularizer = regularizer or Regularizer()
-        self.add_callback(self.regularizer)
+        check_skip_settings(args, config)
+        self.contrast, self.incentive = ContrastiveHeads(args, config), SkipIncentive(args, config)
+        self.loss_weights |= self.contrast.weights | self.incentive.weights
+        self.regularizers = [self.contrast, self.incentive, *([regularizer] if regularizer else [])]
+        for each in self.regularizers:
+            self.add_callback(each)
         self._logged_parts: dict[str, Tensor] = {}
         self._logged_steps = 0
 
@@ -272,7 +291,16 @@ class CostEffTrainer(ResumableTrainer):
                 "Training changes the weights: the model's saved exit settings are dropped. Calibrate again."
             )
             self.model.config.exit_config = None
-        return super().train(resume_from_checkpoint, **kwargs)
+        with frozen(frozen_modules(self.model, self.args.trained_parts)):
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Upstream's, with the projections of the contrasts."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        for group in self.contrast.parameter_groups(self.args.weight_decay) if is_new else ():
+            optimizer.add_param_group(group)
+        return optimizer
 
     def push_to_hub(
         self,
@@ -357,20 +385,43 @@ class CostEffTrainer(ResumableTrainer):
         if model.training and self.args.token_replacement_rate:
             special_ids = self.processing_class.all_special_ids
             inputs["input_ids"] = replace_tokens(inputs["input_ids"], special_ids, self.args.token_replacement_rate)
-        wants_states = self.loss_weights.get("representation_loss", 0) > 0
-        outputs = model(**inputs, output_hidden_states=wants_states)
-        parts = self._loss_parts(outputs, inputs, labels, wants_states)
+        imitates = self.loss_weights.get("representation_loss", 0) > 0
+        wants_states = imitates or (model.training and "contrastive_loss" in self.loss_weights)
+        options = self._training_options() if model.training else {}
+        outputs = model(**inputs, output_hidden_states=wants_states, **options)
+        exit_logits = outputs.exit_logits[LEARNING_EXITS[self.args.trained_parts]]
+        parts = self._loss_parts(outputs, exit_logits, inputs, labels, imitates)
         if hard is not None and self.args.difficulty_weight:
             problem_type = self.model.config.resolved_problem_type
             margin = self.args.difficulty_margin
-            parts["difficulty_loss"] = difficulty_loss(outputs.exit_logits, hard, problem_type, margin)
+            parts["difficulty_loss"] = difficulty_loss(exit_logits, hard, problem_type, margin)
         if model.training:
+            parts |= self.contrast.parts(outputs, inputs.get("attention_mask")) | self.incentive.parts(outputs)
             self._record(parts)
         loss = weighted_sum(parts, self._weights_now(parts))
         return (loss, outputs) if return_outputs else loss
 
+    def _training_options(self) -> dict[str, Any]:
+        """How the model runs in this step, and no dropout where nothing learns: exits see what they will see later."""
+        for module in frozen_modules(self.model, self.args.trained_parts):
+            module.eval()
+        options: dict[str, Any] = {}
+        if self.args.trained_parts != ALL:
+            options["gradient_equilibrium"] = False
+        if self.model.config.skip_gates is not None:
+            hard_from = (1 - self.args.hard_gate_ratio) * self.state.max_steps
+            options["hard_gates"] = self.args.trained_parts == EXITS or self.state.global_step >= hard_from
+        if "exit_contrastive_loss" in self.loss_weights:
+            options["output_exit_states"] = True
+        return options
+
     def _loss_parts(
-        self, outputs: Any, inputs: dict[str, Any], labels: Tensor | None, wants_states: bool
+        self,
+        outputs: Any,
+        exit_logits: tuple[Tensor, ...],
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        imitates: bool,
     ) -> dict[str, Tensor]:
         problem_type = self.model.config.resolved_problem_type
         parts = {}
@@ -378,15 +429,14 @@ class CostEffTrainer(ResumableTrainer):
             weights = self.args.class_weights
             class_weights = None if weights is None else torch.tensor(weights, device=labels.device)
             parts["task_loss"] = task_loss(
-                outputs.exit_logits, labels, problem_type, class_weights, self.args.label_smoothing_factor
+                exit_logits, labels, problem_type, class_weights, self.args.label_smoothing_factor
             )
         if self.teacher is not None:
             with self.accelerator.autocast():
-                signals = self.teacher.signals(inputs, wants_states)
-            parts["soft_label_loss"] = soft_label_loss(
-                outputs.exit_logits, signals.exit_logits, problem_type, self.args.temperature
-            )
-            if wants_states:
+                signals = self.teacher.signals(inputs, imitates)
+            targets = signals.exit_logits[LEARNING_EXITS[self.args.trained_parts]]
+            parts["soft_label_loss"] = soft_label_loss(exit_logits, targets, problem_type, self.args.temperature)
+            if imitates:
                 parts["representation_loss"] = representation_loss(
                     outputs.hidden_states, signals.hidden_states, inputs.get("attention_mask")
                 )
@@ -401,7 +451,7 @@ class CostEffTrainer(ResumableTrainer):
         alone_until = self.args.representation_only_ratio * self.state.max_steps
         if self.model.training and "representation_loss" in parts and self.state.global_step < alone_until:
             return {name: self.loss_weights[name] * (name == "representation_loss") for name in parts}
-        return self.loss_weights
+        return {**self.loss_weights, "skip_loss": self.incentive.weight}
 
     def _record(self, parts: dict[str, Tensor]) -> None:
         for name, part in parts.items():
@@ -415,35 +465,48 @@ class CostEffTrainer(ResumableTrainer):
                 mean = self.accelerator.gather(total / self._logged_steps).mean()
                 logs[name] = round(mean.item(), 4)
             self._logged_parts, self._logged_steps = {}, 0
-            logs |= self.regularizer.logs()
+            for regularizer in self.regularizers:
+                logs |= regularizer.logs()
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self.regularizer.save(output_dir)
+        for regularizer in self.regularizers if self.args.should_save else ():
+            regularizer.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.regularizer.load(checkpoint)
+            for regularizer in self.regularizers:
+                regularizer.load(checkpoint)  # first, for they say more clearly what does not fit
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Upstream's loop with every exit's logits gathered for the metrics; predictions are the last exit's."""
-        kwargs["ignore_keys"] = [*(kwargs.get("ignore_keys") or []), "hidden_states", "attentions"]
+        kwargs["ignore_keys"] = [*(kwargs.get("ignore_keys") or []), "hidden_states", "attentions", "exit_states"]
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         predictions = output.predictions
         return output._replace(predictions=predictions[0] if isinstance(predictions, tuple) else predictions)
 
     def _metrics_of_every_exit(self, evaluation: EvalPrediction) -> dict[str, float]:
-        _, exit_logits = evaluation.predictions
+        _, exit_logits, *skipping = evaluation.predictions
         by_exit = [self.metrics_of_one_exit(EvalPrediction(logits, evaluation.label_ids)) for logits in exit_logits]
         named = dict(by_exit[-1])
         for name in by_exit[-1]:
             named[f"mean_exit_{name}"] = sum(metrics[name] for metrics in by_exit) / len(by_exit)
             for layer, metrics in zip(self.model.config.exit_layers, by_exit, strict=True):
                 named[f"exit_{layer}_{name}"] = metrics[name]
+        if skipping:
+            named |= self._skip_metrics(by_exit[-1], torch.tensor(np.stack(skipping[0], axis=1)))
         return named
+
+    def _skip_metrics(self, metrics: dict[str, float], chances: Tensor) -> dict[str, float]:
+        """Layers run by probabilities of skipping, shape (rows, layers), and metrics of the last exit on the target."""
+        layers, target = chances.shape[1], self.args.target_layers
+        run = float((chances < self.model.config.skip_threshold).sum(dim=1).float().mean())
+        if target is None:
+            return {"layers_run": run}
+        beyond = max(0.0, run - target - layers / 20)
+        return {"layers_run": run, **{f"{name}_on_target": value - 10 * beyond for name, value in metrics.items()}}
 
     def _default_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
         return default_metrics(evaluation.predictions, evaluation.label_ids, self.model.config.resolved_problem_type)

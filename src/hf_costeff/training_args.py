@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+WEIGHTS = (
+    *("task_weight", "soft_label_weight", "representation_weight", "difficulty_weight"),
+    *("skip_weight", "contrastive_weight", "exit_contrastive_weight"),
+)
+TRAINED_PARTS = ALL, BACKBONE, EXITS = ("all", "backbone", "exits")
+
 
 @dataclass
 class CostEffTrainingArguments(TrainingArguments):
@@ -26,9 +32,24 @@ class CostEffTrainingArguments(TrainingArguments):
         difficulty_weight: Weight of the difficulty-aware regularisation at all exits (see
             [`hf_costeff.losses.difficulty_loss`]), which needs a column `hard` in the training rows.
         difficulty_margin: By how much confidence on an easy row shall be above that on a hard one, in 0..1.
+        trained_parts: `"all"`; `"backbone"`, which is everything but the exits before the last; or `"exits"`, these
+            exits alone. What does not learn gets no weight decay either, and no dropout.
+        hard_gate_ratio: Share of the steps, at the end, in which gates weigh layers by 0 or 1, as they will in
+            inference, and not by their probabilities; in 0..1. With `trained_parts="exits"` they always do.
+        skip_weight: Weight of the incentive to skip, see [`hf_costeff.losses.skip_loss`]; with `target_layers` that of
+            the first step alone.
+        target_layers: Layers that a row shall run on average. The weight of the incentive is adapted after every step
+            by what the gates decide on its rows, also to below 0, which holds skipping back. `None` leaves it.
+        contrastive_weight: Weight of the contrast between adjacent layers' tokens, see
+            [`hf_costeff.losses.cross_layer_contrastive_loss`]. The paper's eta is this / (1 + this).
+        contrastive_temperature: Divisor of the cosines in it, above 0.
+        exit_contrastive_weight: Weight of the same contrast between the token states inside adjacent exit heads, as
+            the mean over pairs; for heads that have such states (`exit_head="attention"`).
+        exit_contrastive_temperature: Divisor of the cosines in that, above 0.
 
     Raises:
-        ValueError: For a weight below 0, a ratio, rate or margin outside 0..1 or a temperature that is not above 0.
+        ValueError: For a weight below 0, a ratio, rate or margin outside 0..1, a temperature or target that is not
+            above 0, or unknown parts.
     """
 
     task_weight: float | None = field(default=None, metadata={"help": "Weight of the true labels at all exits."})
@@ -47,15 +68,38 @@ class CostEffTrainingArguments(TrainingArguments):
         default=0.5, metadata={"help": "Margin of the confidence on easy rows over that on hard ones."}
     )
 
+    trained_parts: str = field(
+        default="all",
+        metadata={"help": "all, backbone (all but the exits before the last), or exits (those alone)."},
+    )
+    hard_gate_ratio: float = field(
+        default=0.4, metadata={"help": "Share of the steps, at the end, in which gates weigh layers by 0 or 1."}
+    )
+    skip_weight: float = field(default=0.0, metadata={"help": "Weight of the incentive to skip layers."})
+    target_layers: float | None = field(
+        default=None, metadata={"help": "Layers that a row shall run on average; adapts the weight above."}
+    )
+    contrastive_weight: float = field(default=0.0, metadata={"help": "Weight of the contrast between layers."})
+    contrastive_temperature: float = field(default=0.5, metadata={"help": "Divisor of the cosines in it."})
+    exit_contrastive_weight: float = field(default=0.0, metadata={"help": "Weight of the contrast between exits."})
+    exit_contrastive_temperature: float = field(default=0.55, metadata={"help": "Divisor of the cosines in it."})
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("task_weight", "soft_label_weight", "representation_weight", "difficulty_weight"):
+        for name in WEIGHTS:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"`{name}` is {value}. A loss weight must be 0 or more.")
-        for name in ("representation_only_ratio", "token_replacement_rate", "difficulty_margin"):
+        for name in ("representation_only_ratio", "token_replacement_rate", "difficulty_margin", "hard_gate_ratio"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"`{name}` is {value}. It must lie in 0..1.")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` is {self.temperature}. It must be above 0; 1 changes nothing.")
+        for name in ("contrastive_temperature", "exit_contrastive_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0; the paper's are about 0.5.")
+        if self.trained_parts not in TRAINED_PARTS:
+            raise ValueError(
+                f"`trained_parts` is {self.trained_parts!r}. It must be one of {', '.join(TRAINED_PARTS)}."
+            )

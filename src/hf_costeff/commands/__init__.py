@@ -10,11 +10,12 @@ from .export import EXPORT
 from .predict import PREDICT
 from .push import PUSH
 from .report import REPORT
+from .skip import SKIP
 
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
-        *(COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH, BLOCK_PRUNE),
+        *(COMPRESS, CALIBRATE, PREDICT, REPORT, BENCHMARK, EXPORT, PUSH, BLOCK_PRUNE, SKIP),
         *(CASCADE_TRAIN, CASCADE_CALIBRATE, CASCADE_PREDICT),
     )
 }

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..calibration import check_guarantee, describe_seen, one_goal
+from ..calibration import describe_seen
+from ..calibration_goals import check_guarantee, one_goal
 from ..data import SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from ..exit_criteria import CRITERIA, ExitConfig

@@ -62,6 +62,13 @@ class PredictionArguments:
             "Default: the saved settings, or full depth if there are none."
         },
     )
+    skip_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether rows skip the layers that the model's gates say; false runs every layer. Default: if "
+            "there are gates."
+        },
+    )
     top_k: int | None = field(default=None, metadata={"help": "Labels to name, best first. Default: the best alone."})
     batch_size: int = field(default=32, metadata={"help": "Rows that run together."})
     max_length: int | None = field(
@@ -118,6 +125,7 @@ def answer_all(wanted: PredictionArguments, load: Callable[[str], tuple[Any, Any
         tokenizer,
         rows,
         early_exit=wanted.exit_choice(),
+        skip_layers=wanted.skip_layers,
         top_k=wanted.top_k,
         text_columns=wanted.text_columns,
         batch_size=wanted.batch_size,
@@ -130,7 +138,10 @@ def answer_all(wanted: PredictionArguments, load: Callable[[str], tuple[Any, Any
             logger.warning("Nothing to answer: there are no rows in %s.", wanted.file or "the standard input")
         return last
     done, depths, unit = 0, 0, "exit_model" if is_cascade else "exit_layer"
-    with WRITERS[Path(wanted.output).suffix.lower()](wanted.output, schema(wanted.top_k, is_cascade)) as write:
+    where = ["exit_model"] * is_cascade + ["exit_layer"]
+    if not is_cascade and model.costeff.exit_plan(wanted.exit_choice(), wanted.skip_layers).skips:
+        where.append("layers_run")
+    with WRITERS[Path(wanted.output).suffix.lower()](wanted.output, schema(wanted.top_k, where)) as write:
         try:
             for chunk in chunked(answers, CHUNK):
                 write(chunk)
@@ -201,12 +212,17 @@ def _json_line(answer: dict[str, Any]) -> str:
     return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
-def schema(top_k: int | None, is_cascade: bool = False) -> pa.Schema:
-    """Names and types of the columns of a table of answers; with `top_k`, labels and scores are lists."""
-    where = [(name, pa.int32()) for name in ("exit_model",) * is_cascade + ("exit_layer",)]
+def schema(top_k: int | None, where: Iterable[str] = ("exit_layer",)) -> pa.Schema:
+    """Names and types of the columns of a table of answers; with `top_k`, labels and scores are lists.
+
+    Args:
+        top_k: As for `predict_texts`.
+        where: Names of the numbers that say where rows left.
+    """
+    numbers = [(name, pa.int32()) for name in where]
     if top_k is None:
-        return pa.schema([("label", pa.string()), ("score", pa.float64()), *where])
-    return pa.schema([("labels", pa.list_(pa.string())), ("scores", pa.list_(pa.float64())), *where])
+        return pa.schema([("label", pa.string()), ("score", pa.float64()), *numbers])
+    return pa.schema([("labels", pa.list_(pa.string())), ("scores", pa.list_(pa.float64())), *numbers])
 
 
 @contextmanager

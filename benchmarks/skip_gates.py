@@ -1,0 +1,251 @@
+"""Layer skipping on real tasks: curves against early exit, ablations, soft and hard weights, FLOPs and time.
+
+    python benchmarks/skip_gates.py train --task rte --data DIR --model DIR [--seeds 42 43 44] [--variants full exits]
+    python benchmarks/skip_gates.py train --task rte --data DIR --model DIR --variants full skips --targets 2 3 4
+    python benchmarks/skip_gates.py table --task rte
+    python benchmarks/skip_gates.py chart --tasks rte wnli
+
+`train` runs the recipe per seed, variant and target (`free` is without a target). `exits` has no gates: its full depth
+is the ungated model that everything is held against, so it goes first. Of each run a row is kept: metric, layers run
+and FLOPs on validation by skipping alone, by both, and with settings calibrated for 2 and 3 times fewer FLOPs than the
+ungated model, with paired bootstrap intervals; the metric with soft weights; how many paths rows take; milliseconds per
+text at batch 32. `table` prints means and ranges over seeds, `chart` draws exits alone, skipping alone and both. Rows
+go to benchmarks/results/skip-<task>.json one by one, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from block_pruning import read, write
+from hf_costeff import CostEffForSequenceClassification
+from hf_costeff.charts import new_figure
+from hf_costeff.data import DataArguments
+from hf_costeff.evaluation import calibrate, collect_exit_logits, model_inputs
+from hf_costeff.exit_replay import ExitReplay
+from hf_costeff.layer_skipping import LayerSkipping, LayerSkippingArguments
+from hf_costeff.metrics import METRICS, paired_bootstrap
+from hf_costeff.report import SKIPPING
+from real_run import METRIC, SPLITS
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("rte", "wnli", "mrpc", "cola", "sst2")
+UNGATED = "exits"
+VARIANTS: dict[str, dict[str, Any]] = {
+    UNGATED: {"gates": "none"},
+    "full": {},
+    "skips": {"exit_epochs": 0.0},
+    "soft weights only": {"hard_gate_ratio": 0.0},
+    "hard weights only": {"hard_gate_ratio": 1.0},
+    "no incentive": {"skip_weight": 0.0},
+    "no contrast": {"contrastive_weight": 0.0, "exit_contrastive_weight": 0.0},
+    "no contrast of layers": {"contrastive_weight": 0.0},
+    "no contrast of exits": {"exit_contrastive_weight": 0.0},
+}
+LINES = {UNGATED: "tab:blue", "full": "tab:red"}
+POINTS = {"full": "tab:green", "skips": "tab:green"}
+GOALS = (2.0, 3.0)
+COLUMNS = (
+    *("ungated_metric", "skips_metric", "soft_metric", "last_metric"),
+    *("layers_run", "paths", "clocked_over_counted"),
+)
+
+
+def train(given: argparse.Namespace) -> None:
+    output = RESULTS / f"skip-{given.task}{given.suffix}.json"
+    rows = read(output)
+    variants = [UNGATED, *(name for name in given.variants if name != UNGATED)]
+    for seed in given.seeds:
+        for variant in variants:
+            for target in [None] if variant in (UNGATED, "no incentive") else given.targets or [None]:
+                name = f"{variant}/{'free' if target is None else f'{target:g}'}/{seed}"
+                if name in rows:
+                    continue
+                job = LayerSkipping(arguments(given, variant, target, seed), data(given))
+                result = job.run()
+                facts = json.loads((result.model_path / SKIPPING).read_text())
+                reference = None if variant == UNGATED else rows[f"{UNGATED}/free/{seed}"]
+                logits = Path(given.runs) / f"skip-{given.task}-ungated-{seed}.npy"
+                rows[name] = {"metric": job.metric, **measured(job, facts, reference, logits)}
+                write(output, rows)
+                print(name, json.dumps({key: value for key, value in rows[name].items() if key != "curve"}), flush=True)
+
+
+def arguments(given: argparse.Namespace, variant: str, target: float | None, seed: int) -> LayerSkippingArguments:
+    folder = f"skip-{given.task}-{variant.replace(' ', '-')}-{'free' if target is None else f'{target:g}'}-{seed}"
+    shape = {
+        "gates": given.gates,
+        "exit_head": given.exit_head,
+        "epochs": given.epochs,
+        "exit_epochs": given.exit_epochs,
+    }
+    return LayerSkippingArguments(
+        given.model,
+        str(Path(given.runs) / folder),
+        metric=METRIC.get(given.task, "accuracy"),
+        target_layers=target,
+        seed=seed,
+        **{**shape, **VARIANTS[variant]},
+    )
+
+
+def data(given: argparse.Namespace) -> DataArguments:
+    return DataArguments(
+        dataset=given.data,
+        dataset_config=given.task,
+        max_train_rows=given.rows,
+        max_validation_rows=given.rows,
+        **SPLITS.get(given.task, {}),
+    )
+
+
+def measured(
+    job: LayerSkipping, facts: dict[str, Any], reference: dict[str, Any] | None, logits: Path
+) -> dict[str, Any]:
+    """One run's row; of the ungated one the logits are stored for the others."""
+    model = AutoModelForSequenceClassification.from_pretrained(job.arguments.output_dir).to(job.device)
+    by_name = {row["name"]: row for row in facts["rows"]}
+    last = facts["rows"][-1]
+    found: dict[str, Any] = {
+        "last": {key: last[key] for key in ("name", "flops_per_row", "mean_exit_layer")},
+        "last_metric": last["metrics"][job.metric],
+        "curve": [[point["flops_per_row"], point["metric"]] for point in facts["curve"]],
+        "ms_per_text_32": {name: row["ms_per_text"]["32"] for name, row in by_name.items()},
+        "flops_per_row": {name: row["flops_per_row"] for name, row in by_name.items()},
+    }
+    records = collect_exit_logits(model, job.data.validation, job.collator)
+    if reference is None:
+        found["ungated_metric"] = by_name["all layers"]["metrics"][job.metric]
+        np.save(logits, records.logits[:, -1].numpy())
+    if facts["skipping"] is not None:
+        skipping, whole = by_name["skipping"], by_name["all layers"]
+        counted = whole["flops_per_row"] / skipping["flops_per_row"]
+        clocked = whole["ms_per_text"]["32"] / skipping["ms_per_text"]["32"]
+        found |= {
+            "skips_metric": skipping["metrics"][job.metric],
+            "soft_metric": soft_metric(model, job),
+            "layers_run": facts["skipping"]["layers_run"],
+            "paths": len(facts["skipping"]["paths"]),
+            "commonest_path": next(iter(facts["skipping"]["paths"].values())),
+            "counted_speedup": counted,
+            "clocked_speedup": clocked,
+            "clocked_over_counted": clocked / counted,
+        }
+    if job.trains_exits:
+        ungated = (reference or found)["flops_per_row"]["all layers"]
+        found["at"] = {f"{goal:g}x": at_speedup(model, job, records, goal, ungated, np.load(logits)) for goal in GOALS}
+    return found
+
+
+def at_speedup(
+    model: CostEffForSequenceClassification,
+    job: LayerSkipping,
+    records: Any,
+    goal: float,
+    ungated_flops: float,
+    ungated: np.ndarray,
+) -> dict[str, Any]:
+    """Settings chosen on held-out rows for a FLOPs ratio to the ungated model, on validation."""
+    goals = {"target_speedup": goal, "reference_flops": ungated_flops, "trained_keys": job.train_keys}
+    quick = {"fit_temperatures": False, "show_progress": False}
+    try:
+        settings = calibrate(model, job.data.calibration, job.collator, metric=job.metric, **goals, **quick)
+    except ValueError as error:
+        return {"out_of_reach": str(error)}
+    replay = ExitReplay(records, model.config)
+    outcome, answered = replay.outcome(settings, job.metric), replay.at(settings).logits.numpy()
+    function = METRICS[job.data.problem_type][job.metric]
+    return {
+        "metric": outcome.metric,
+        "speedup": ungated_flops / outcome.flops_per_row,
+        "difference_95": paired_bootstrap(function, answered, ungated, records.known_labels()),
+    }
+
+
+def soft_metric(model: CostEffForSequenceClassification, job: LayerSkipping) -> float:
+    """Of the last exit at full depth, if weights were soft in inference too."""
+    rows, logits = job.data.validation, []
+    with torch.inference_mode():
+        for start in range(0, len(rows), 64):
+            batch = job.collator([rows[index] for index in range(start, min(start + 64, len(rows)))])
+            logits.append(model.eval()(**model_inputs(model, batch), hard_gates=False).logits.float().cpu())
+    return METRICS[job.data.problem_type][job.metric](torch.cat(logits).numpy(), np.array(rows["labels"]))
+
+
+def table(given: argparse.Namespace) -> None:
+    """Means over seeds, with the range, of every variant and target."""
+    rows = read(RESULTS / f"skip-{given.task}{given.suffix}.json")
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for name, row in rows.items():
+        grouped.setdefault(name.rpartition("/")[0], []).append(row)
+    print("| variant/target | seeds | " + " | ".join(COLUMNS) + " | at 2x | at 3x |")
+    print("|---" * (len(COLUMNS) + 4) + "|")
+    for name, group in grouped.items():
+        cells = [spread([row[key] for row in group if key in row]) for key in COLUMNS]
+        for goal in GOALS:
+            found = [row.get("at", {}).get(f"{goal:g}x") or {} for row in group]
+            cells.append(spread([each["metric"] for each in found if "metric" in each]))
+        print(f"| {name} | {len(group)} | " + " | ".join(cells) + " |")
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
+
+
+def chart(given: argparse.Namespace) -> None:
+    """Metric against FLOPs, one picture per task: a line per run with exits, a point per run that skips alone."""
+    figure = new_figure(4.5 * len(given.tasks), 4)
+    for axes, task in zip(figure.subplots(1, len(given.tasks), squeeze=False)[0], given.tasks, strict=True):
+        rows = read(RESULTS / f"skip-{task}{given.suffix}.json")
+        whole = statistics.mean(row["flops_per_row"]["all layers"] for name, row in rows.items() if UNGATED in name)
+        for name, row in rows.items():
+            variant = name.split("/")[0]
+            if variant in LINES:
+                flops, metric = zip(*sorted(row["curve"]), strict=True)
+                axes.plot([each / whole for each in flops], metric, color=LINES[variant], alpha=0.6)
+            if variant in POINTS:
+                axes.scatter(row["flops_per_row"]["skipping"] / whole, row["skips_metric"], color=POINTS[variant], s=18)
+        axes.set(title=task, xlabel="FLOPs, share of the ungated model", ylabel=METRIC.get(task, "accuracy"))
+        axes.grid(alpha=0.3)
+    for label, colour in (("exits alone", "tab:blue"), ("both", "tab:red"), ("skipping alone", "tab:green")):
+        figure.axes[0].plot([], [], color=colour, label=label)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(RESULTS / f"skip-curves{given.suffix}.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "table", "chart"))
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="Of the chart.")
+    parser.add_argument("--data", help="A folder with the GLUE tasks as nyu-mll/glue has them.")
+    parser.add_argument("--model", help="A fine-tuned classifier, a bare encoder or a multi-exit model.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument(
+        "--targets", type=float, nargs="*", default=[], help="Layers; none: the incentive's own weight."
+    )
+    parser.add_argument("--gates")
+    parser.add_argument("--exit_head", default="attention")
+    parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--exit_epochs", type=float, default=4.0)
+    parser.add_argument("--learning_rate", type=float, default=5e-5)
+    parser.add_argument("--rows", type=int, help="For a trial: so many of train and of validation.")
+    parser.add_argument("--suffix", default="", help="Of the files of results, to keep trial runs apart.")
+    parser.add_argument("--runs", default="runs")
+    given = parser.parse_args()
+    if given.what == "train" and not (given.task and given.data and given.model):
+        parser.error("train needs --task, --data and --model.")
+    {"train": train, "table": table, "chart": chart}[given.what](given)
+
+
+if __name__ == "__main__":
+    main()

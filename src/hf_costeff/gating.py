@@ -1,0 +1,75 @@
+"""Give a model skip gates: a new model with fresh gates around the layers of a given one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+from .configuration_costeff import CostEffConfig
+from .efficiency import PAPER_SEQ_LENGTH, gate_flops, layer_flops
+from .modeling_costeff import CostEffForSequenceClassification
+
+logger = logging.getLogger(__name__)
+
+
+def add_skip_gates(
+    model: CostEffForSequenceClassification,
+    skip_gates: str = "attention",
+    *,
+    gate_size: int = 128,
+    exit_head: str | None = None,
+    exit_head_size: int = 128,
+) -> CostEffForSequenceClassification:
+    """A new model with a fresh gate before every layer, which has to be trained; the given model is not touched.
+
+    Fresh values are drawn by torch's generator (`torch.manual_seed`). Until the gates are trained they skip about half
+    of the layers, whichever; `predict(..., skip_layers=False)` still answers as the given model. Its saved exit
+    settings are dropped, because they were chosen for rows that run every layer.
+
+    Args:
+        model: Of any widths, converted, slenderized or packed. A layer without heads and neurons may be cheaper than
+            its gate, of which there is a warning.
+        skip_gates: `"attention"` or `"linear"`, see [`CostEffConfig`].
+        gate_size: Width of an attention gate.
+        exit_head: Form of the exit heads, `"linear"` or `"attention"`; another one than they have makes them fresh.
+            `None` keeps them.
+        exit_head_size: Width of attention exit heads that are made fresh.
+
+    Returns:
+        A model on the same device, in the same dtype, in training mode like the given one.
+
+    Raises:
+        ValueError: If the model has gates already.
+        StrictDataclassError: As [`CostEffConfig`], for a form or width that no gate or head can have.
+    """
+    config = copy.deepcopy(model.config)
+    if config.skip_gates is not None:
+        raise ValueError(
+            f"The model has skip gates already ({config.skip_gates!r}). Train these, or load it without them: "
+            "from_pretrained(..., skip_gates=None)."
+        )
+    config.skip_gates, config.gate_size, config.exit_config = skip_gates, gate_size, None
+    fresh = ["gates."]
+    if exit_head is not None and exit_head != config.exit_head:
+        config.exit_head, config.exit_head_size = exit_head, exit_head_size
+        fresh.append("exits.")
+    config.validate()
+    _warn_of_dear_gates(config)
+    gated = type(model)(config).to(device=model.device, dtype=model.dtype)
+    places = tuple(f"{model.base_model_prefix}.{name}" for name in fresh)
+    own = {name: tensor for name, tensor in gated.state_dict().items() if name.startswith(places)}
+    given = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(places)}
+    gated.load_state_dict(given | own)
+    return gated.train(model.training)
+
+
+def _warn_of_dear_gates(config: CostEffConfig) -> None:
+    gate = gate_flops(config, PAPER_SEQ_LENGTH)
+    layers = range(1, config.num_hidden_layers + 1)
+    dear = [layer for layer in layers if layer_flops(config, layer, PAPER_SEQ_LENGTH) <= gate]
+    if dear:
+        logger.warning(
+            "The gates of layers %s take as many FLOPs as the layers themselves, or more (%s per row of %d tokens), so "
+            "skipping them saves nothing. Linear gates cost least.",
+            *(", ".join(map(str, dear)), f"{gate:,}", PAPER_SEQ_LENGTH),
+        )

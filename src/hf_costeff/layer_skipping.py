@@ -1,0 +1,416 @@
+"""Layer skipping from end to end: add gates, train them, train the exits, calibrate, report; in resumable stages.
+
+    backbone, gates and last exit -> exits before the last -> exit threshold
+
+Settings of the exits share the first stage: others in the same folder start at the second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from .calibration import exit_curve
+from .charts import draw_pareto_chart, draw_skip_chart
+from .checkpoints import load_classifier, load_tokenizer, load_unfinished_classifier
+from .checksums import fingerprint, fingerprint_of
+from .configuration_costeff import EXIT_HEADS, EXIT_POOLINGS, SKIP_GATES
+from .conversion import convert_from_stock, longest_text
+from .data import DataArguments, make_collator, prepare_data
+from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
+from .evaluation import Contender, ReportRow, calibrate, collect_exit_logits, format_table, report_rows, row_keys
+from .exit_criteria import REGRESSION, ExitConfig
+from .exit_replay import ExitLogits, ExitReplay
+from .gating import add_skip_gates
+from .group_outcomes import class_outcomes
+from .metrics import check_metric, default_metric
+from .modeling_costeff import CostEffForSequenceClassification
+from .recipes import Phase
+from .report import SKIPPING, describe_hardware
+from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
+from .skip_training import check_target_layers
+from .stages import StageStore
+from .trainer import CostEffTrainer
+from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
+
+NO_GATES = "none"
+GOALS = ("max_metric_drop", "target_speedup")
+OF_EXITS = ("exit_epochs", "exit_learning_rate", "exit_contrastive_weight", "exit_contrastive_temperature")
+
+
+@dataclass
+class LayerSkippingArguments:
+    """What skips layers, how it is trained, and how far it goes.
+
+    Raises:
+        ValueError: For a value out of range.
+    """
+
+    model: str = field(
+        metadata={"help": "A multi-exit model, a fine-tuned classifier or a bare encoder: a Hub id or a local folder."}
+    )
+    output_dir: str = field(metadata={"help": "Where the model and the stages of the run go."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Learn from this classifier's answers; default: from the true labels."}
+    )
+    gates: str | None = field(
+        default=None,
+        metadata={
+            "help": "attention, linear, or none (exits alone). Default: attention, for a multi-exit model linear."
+        },
+    )
+    exit_head: str = field(default="attention", metadata={"help": "attention or linear; a multi-exit model keeps its."})
+    exit_pooling: str = field(default="mean", metadata={"help": "What linear gates and heads look at: cls or mean."})
+    exit_layers: list[int] | None = field(default=None, metadata={"help": "Layers with an exit. Default: all."})
+    target_layers: float | None = field(
+        default=None, metadata={"help": "Layers that a row shall run on average. Default: what `skip_weight` gives."}
+    )
+    skip_weight: float = field(default=0.04, metadata={"help": "Weight of the incentive to skip; 0 for none."})
+    hard_gate_ratio: float = field(
+        default=0.4, metadata={"help": "Share of the epochs with hard weights: 0 soft only, 1 hard only."}
+    )
+    contrastive_weight: float = field(default=0.01, metadata={"help": "Of the contrast between layers; 0 for none."})
+    contrastive_temperature: float = field(default=0.5, metadata={"help": "Divisor of the cosines in it."})
+    epochs: float = field(default=5.0, metadata={"help": "Training of everything but the exits before the last."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Of these."})
+    exit_contrastive_weight: float | None = field(
+        default=None, metadata={"help": "Of the contrast between exits; default: 0.05, for linear heads 0."}
+    )
+    exit_contrastive_temperature: float = field(default=0.55, metadata={"help": "Divisor of the cosines in it."})
+    exit_epochs: float = field(default=4.0, metadata={"help": "Training of the exits; 0 leaves them out: skip only."})
+    exit_learning_rate: float = field(default=5e-4, metadata={"help": "Of these, on an encoder that stays as it is."})
+    batch_size: int = field(default=16, metadata={"help": "Rows per optimizer step."})
+    metric: str | None = field(default=None, metadata={"help": "Metric to choose by. Default: by problem type."})
+    max_metric_drop: float | None = field(
+        default=None,
+        metadata={"help": "Points that early exit may lose to full depth with skipping. Default: 0.5."},
+    )
+    target_speedup: float | None = field(
+        default=None, metadata={"help": "FLOPs ratio to full depth with skipping to reach instead."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of order, dropout and new weights."})
+
+    def __post_init__(self) -> None:
+        if self.max_metric_drop is None and self.target_speedup is None:
+            self.max_metric_drop = 0.5
+        for name, known in (
+            ("gates", (None, NO_GATES, *SKIP_GATES)),
+            ("exit_head", EXIT_HEADS),
+            ("exit_pooling", EXIT_POOLINGS),
+        ):
+            if getattr(self, name) not in known:
+                choices = ", ".join(str(choice) for choice in known if choice is not None)
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}. It must be one of {choices}.")
+        for name, least in (("epochs", 0), ("exit_epochs", 0), ("batch_size", 1), ("seed", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be at least {least}.")
+        if self.gates == NO_GATES and self.target_layers is not None:
+            raise ValueError("`target_layers` needs gates, and `gates` is 'none'. Leave one out.")
+        if self.gates == NO_GATES and not self.exit_epochs:
+            raise ValueError("`gates` is 'none' and `exit_epochs` is 0, so no row would save anything. Change one.")
+
+
+@dataclass(frozen=True)
+class LayerSkippingResult:
+    """Where the model is and how it did.
+
+    Args:
+        model_path: Folder of the model, loadable with `from_pretrained`.
+        rows: Report lines on validation: what was given, if it could answer; all layers; skipping; with early exit.
+        metric: The metric that choices were made by.
+        skipping: What the gates do on validation; `None` without gates.
+        target_layers: Layers that a row was to run; `None` if none were named.
+    """
+
+    model_path: Path
+    rows: list[ReportRow]
+    metric: str
+    skipping: SkipDiagnostics | None
+    target_layers: float | None
+
+    def describe(self) -> str:
+        """The result in words, with the table, and where the model is."""
+        return f"{self.summary()}\n\nThe model is in {self.model_path}."
+
+    def summary(self) -> str:
+        """The result in words, with the table; of no folder."""
+        reference, last = self.rows[0], self.rows[-1]
+        before, after = reference.metrics[self.metric], last.metrics[self.metric]
+        lines = [
+            f"On validation {self.metric} is {before:.4f} for the {reference.name} and {after:.4f} for the model "
+            f"({last.name}), which takes {last.flops_per_row / reference.flops_per_row:.2f} of the FLOPs, gates and "
+            "exits counted."
+        ]
+        if self.skipping is not None:
+            lines.append(self.skipping.describe())
+            if self.target_layers is not None:
+                lines.append(f"Asked for: {self.target_layers:g} layers. Reached: {self.skipping.layers_run:.2f}.")
+        return "\n".join(lines) + f"\n\n{format_table(self.rows, self.metric)}"
+
+
+def train_layer_skipping(
+    arguments: LayerSkippingArguments, data: DataArguments | datasets.Dataset | datasets.DatasetDict
+) -> LayerSkippingResult:
+    """Make a model that skips layers and leaves early, row by row (SmartBERT, Hu et al. 2023).
+
+    A stock checkpoint is converted, with gates before all layers; a multi-exit model gets gates and keeps its exits. A
+    run that was killed goes on where it stopped.
+
+    Args:
+        arguments: What to train and how.
+        data: Where the rows come from, or the rows themselves.
+
+    Returns:
+        The model's folder, and what it loses and saves.
+
+    Raises:
+        ValueError: For anything that cannot work, before training starts where that can be known.
+    """
+    return LayerSkipping(arguments, data).run()
+
+
+class LayerSkipping:
+    """One run. [`train_layer_skipping`] is the way in; the class keeps what the stages share."""
+
+    def __init__(
+        self, arguments: LayerSkippingArguments, data: DataArguments | datasets.Dataset | datasets.DatasetDict
+    ) -> None:
+        """Load the model and the rows and add the gates, so that what cannot work is known before training."""
+        self.arguments = arguments
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.bf16 = bf16_pays(self.device)
+        given, missing = load_unfinished_classifier(arguments.model, dtype=torch.float32)
+        if missing and isinstance(given, CostEffForSequenceClassification):
+            load_classifier(arguments.model)  # says what is missing
+        self.given = prepared(given, self.device, self.bf16)
+        self.missing = missing
+        self.can_answer = not missing
+        self.teacher = None
+        if arguments.teacher is not None:
+            self.teacher = prepared(load_classifier(arguments.teacher, dtype=torch.float32), self.device, self.bf16)
+        self.tokenizer = load_tokenizer(arguments.model)
+        self.data = prepare_data(
+            data,
+            self.tokenizer,
+            arguments=data if isinstance(data, DataArguments) else None,
+            teacher_config=given.config if self.can_answer else None,
+            max_positions=longest_text(given.config),
+        )
+        self.collator = make_collator(self.tokenizer)
+        self.metric = arguments.metric or default_metric(self.data.problem_type)
+        check_metric(self.metric, self.data.problem_type)
+        if self.metric == "mse":
+            raise ValueError("`metric` is 'mse', which falls as models improve. Choose by spearman or pearson.")
+        self.start = self._with_gates(given)
+        self._check()
+
+    def _with_gates(self, given: PreTrainedModel) -> CostEffForSequenceClassification:
+        wanted = self.arguments
+        torch.manual_seed(wanted.seed)
+        gates = wanted.gates
+        if isinstance(given, CostEffForSequenceClassification):
+            model, gates = given, gates or given.config.skip_gates or "linear"
+        else:
+            if not self.can_answer:
+                self._set_labels(given.config)
+            model = convert_from_stock(
+                given,
+                exit_layers=wanted.exit_layers,
+                exit_pooling=wanted.exit_pooling,
+                exit_head=wanted.exit_head,
+            )
+            gates = gates or "attention"
+        if gates == NO_GATES and model.config.skip_gates is not None:
+            raise ValueError("`gates` is 'none', and the model has gates. Give one without, or leave `gates` out.")
+        if gates in (NO_GATES, model.config.skip_gates):
+            return model
+        return add_skip_gates(model, gates)
+
+    def _set_labels(self, config: Any) -> None:
+        if self.data.label_names is not None:
+            config.id2label = dict(enumerate(self.data.label_names))
+            config.label2id = {name: index for index, name in enumerate(self.data.label_names)}
+        else:
+            config.num_labels = self.data.num_labels
+        config.problem_type = self.data.problem_type
+
+    def _check(self) -> None:
+        wanted, config = self.arguments, self.start.config
+        self.trains_exits = wanted.exit_epochs > 0 and len(config.exit_layers) > 1
+        if self.data.problem_type == REGRESSION and self.trains_exits and config.skip_gates is not None:
+            raise ValueError(
+                "Exits of a regression answer by patience, which looks back at exits that a row may have skipped. Set "
+                "`exit_epochs` to 0, or `gates` to 'none'."
+            )
+        if wanted.target_layers is not None:
+            check_target_layers(wanted.target_layers, config)
+
+    def run(self) -> LayerSkippingResult:
+        """Go through the stages that are not done yet, then calibrate and report."""
+        arguments = self.arguments
+        self.store = StageStore(arguments.output_dir, self._settings())
+        self.train_keys = row_keys(self.data.train, ["input_ids"])
+        self.store.keep_train_keys(self.train_keys)
+        latest = "backbone"
+        self._stage(latest, self._train_backbone)
+        if self.trains_exits:
+            latest = f"exits-{fingerprint(repr(getattr(arguments, name)) for name in OF_EXITS)[:8]}"
+            self._stage(latest, self._train_exits)
+        return self._report(self._finished(latest))
+
+    def _settings(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.arguments)
+        for name in ("output_dir", *GOALS, *OF_EXITS):
+            del settings[name]
+        return {
+            **settings,
+            "model_fingerprint": fingerprint_of(self.given, without=self.missing),
+            "data_fingerprint": fingerprint(repr(row) for split in self.data.raw.values() for row in split),
+        }
+
+    def _finished(self, stage: str) -> CostEffForSequenceClassification:
+        files = self.store.files(stage)
+        model = CostEffForSequenceClassification.from_pretrained(files, dtype=torch.float32)
+        return cast(CostEffForSequenceClassification, prepared(model, self.device, self.bf16))
+
+    def _stage(self, name: str, run: Callable[[str], tuple[PreTrainedModel, dict[str, Any]]]) -> None:
+        if not self.store.is_finished(name):
+            set_seed(self.arguments.seed)
+            model, record = run(name)
+            self.store.finish(name, model.save_pretrained, record)
+
+    def _train_backbone(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The checkpoint that skips and answers best is kept; with a target, among those that come near it."""
+        wanted = self.arguments
+        gated = self.start.config.skip_gates is not None
+        return self._train(
+            stage,
+            prepared(self.start, self.device, self.bf16),
+            Phase(wanted.epochs, wanted.learning_rate),
+            best_by=self.metric if wanted.target_layers is None else f"{self.metric}_on_target",
+            trained_parts=BACKBONE,
+            skip_weight=wanted.skip_weight if gated else 0.0,
+            target_layers=wanted.target_layers,
+            hard_gate_ratio=wanted.hard_gate_ratio,
+            contrastive_weight=wanted.contrastive_weight,
+            contrastive_temperature=wanted.contrastive_temperature,
+        )
+
+    def _train_exits(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        wanted, model = self.arguments, self._finished("backbone")
+        contrast = wanted.exit_contrastive_weight
+        if contrast is None:
+            contrast = 0.05 if model.config.exit_head == "attention" else 0.0
+        return self._train(
+            stage,
+            model,
+            Phase(wanted.exit_epochs, wanted.exit_learning_rate),
+            trained_parts=EXITS,
+            exit_contrastive_weight=contrast,
+            exit_contrastive_temperature=wanted.exit_contrastive_temperature,
+        )
+
+    def _train(
+        self, stage: str, model: PreTrainedModel, phase: Phase, best_by: str | None = None, **settings: Any
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        if not phase.steps(len(self.data.train), self.arguments.batch_size):
+            return model, {"steps": 0}
+        arguments = stage_arguments(
+            CostEffTrainingArguments,
+            str(self.store.working_dir(stage)),
+            phase,
+            len(self.data.train),
+            batch_size=self.arguments.batch_size,
+            best_by=best_by,
+            device=self.device,
+            bf16=self.bf16,
+            seed=self.arguments.seed,
+            representation_weight=0.0,  # a layer that is skipped cannot be like the teacher's
+            **settings,
+        )
+        trainer = CostEffTrainer(
+            cast(CostEffForSequenceClassification, model),
+            arguments,
+            teacher=self.teacher,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.calibration,
+            data_collator=self.collator,
+            processing_class=self.tokenizer,
+        )
+        log_to_stderr(trainer)
+        trainer.train(resume_from_checkpoint=True)
+        record = {"steps": trainer.state.global_step, "log": trainer.state.log_history}
+        return trainer.model, {**record, "calibration_metrics": trainer.evaluate()}
+
+    # The report
+
+    def _contenders(self, model: CostEffForSequenceClassification, settings: ExitConfig | None) -> list[Contender]:
+        def records(asked: PreTrainedModel, name: str, **options: Any) -> ExitLogits:
+            description = f"Validating {name}"
+            return collect_exit_logits(asked, self.data.validation, self.collator, description=description, **options)
+
+        found = []
+        if self.can_answer:
+            found.append(Contender("model as given", self.given, records(self.given, "the given model")))
+        gated = model.config.skip_gates is not None
+        own = records(model, "the model")
+        if gated:
+            whole = records(model, "all layers", skip_layers=False)
+            found.append(Contender("all layers", model, whole, skip_layers=False))
+        found.append(Contender("skipping" if gated else "all layers", model, own))
+        if settings is not None:
+            found.append(Contender("skipping and early exit" if gated else "early exit", model, own, settings))
+        return found
+
+    def _report(self, model: CostEffForSequenceClassification) -> LayerSkippingResult:
+        folder = Path(self.arguments.output_dir)
+        for each in (model, self.given):
+            each.set_attn_implementation("sdpa")
+        settings = None
+        if self.trains_exits:
+            goals = {name: getattr(self.arguments, name) for name in GOALS}
+            settings = calibrate(
+                model,
+                self.data.calibration,
+                self.collator,
+                metric=self.metric,
+                fit_temperatures=False,
+                trained_keys=self.train_keys,
+                **goals,
+            )
+        contenders = self._contenders(model, settings)
+        records = contenders[-1].records
+        skipping = diagnose_skipping(records, model.config)
+        rows = report_rows(contenders, self.data.validation, self.collator, self.data.problem_type)
+        result = LayerSkippingResult(folder, rows, self.metric, skipping, self.arguments.target_layers)
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        curve, outcomes = [], []
+        if settings is not None:
+            curve = exit_curve(records, model.config, self.metric)
+            outcomes = class_outcomes(ExitReplay(records, model.config), settings)
+        facts = {
+            "metric": self.metric,
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "curve": [dataclasses.asdict(point) for point in curve],
+            "skipping": None if skipping is None else dataclasses.asdict(skipping),
+            "target_layers": result.target_layers,
+            "exit_config": None if settings is None else settings.to_dict(),
+            "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
+            "data": self.data.summary(),
+            "hardware": describe_hardware(self.device),
+        }
+        (folder / SKIPPING).write_text(json.dumps(facts, indent=1))
+        (folder / "SUMMARY.md").write_text(f"# What came out\n\n{result.summary()}\n")
+        draw_pareto_chart(folder / "pareto.png", rows, curve, self.metric)
+        if skipping is not None:
+            draw_skip_chart(folder / "skipping.png", skipping)
+        return result

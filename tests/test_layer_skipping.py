@@ -1,0 +1,171 @@
+"""The whole run on a tiny model: what it writes, its ablations, what stages share, and how it goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertModel
+
+from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
+from hf_costeff import cli, layer_skipping
+from hf_costeff.layer_skipping import LayerSkippingArguments, train_layer_skipping
+from hf_costeff.report import drop_exit_figures
+
+SHORT = {"epochs": 0.5, "exit_epochs": 0.5, "batch_size": 8, "gates": "linear"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A stock classifier, its encoder alone, and a slim multi-exit model, each with its tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    stock, slim = tiny_bert(num_labels=2), tiny_model(num_labels=2)
+    encoder = BertModel(stock.config, add_pooling_layer=False)
+    for name, model in (("stock", stock), ("encoder", encoder), ("slim", slim)):
+        model.save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def skip(models, folder, model="stock", **settings):
+    arguments = LayerSkippingArguments(str(models / model), str(folder), **{**SHORT, **settings})
+    return train_layer_skipping(arguments, sentence_rows(200))
+
+
+def stages(folder):
+    return {path.name.split("-")[0] for path in (folder / "stages").iterdir() if path.is_dir()}
+
+
+def test_a_stock_classifier_becomes_one_that_skips_and_leaves(models, tmp_path):
+    result = skip(models, tmp_path / "out", target_layers=2.0, teacher=str(models / "stock"))
+    model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
+    config = model.config
+    assert config.skip_gates == "linear" and config.exit_head == "attention" and config.exit_config is not None
+    answer = model.predict(torch.randint(4, 20, (5, 7)), early_exit=True)
+    assert answer.skipped_layers.shape == (5, 4)
+    report = json.loads((result.model_path / "layer_skipping.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [
+        "model as given",
+        "all layers",
+        "skipping",
+        "skipping and early exit",
+    ]
+    assert report["rows"][2]["flops_per_row"] < report["rows"][1]["flops_per_row"]
+    assert report["skipping"]["layers_run"] == result.skipping.layers_run
+    summary = (result.model_path / "SUMMARY.md").read_text()
+    assert "Asked for: 2 layers." in summary and str(tmp_path) not in json.dumps(report) + summary
+    assert (result.model_path / "pareto.png").exists() and (result.model_path / "skipping.png").exists()
+    assert not [name for name in model.state_dict() if "contrast" in name]
+    assert drop_exit_figures(result.model_path) is False  # there is no card to make of it
+    report = json.loads((result.model_path / "layer_skipping.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["model as given", "all layers", "skipping"]
+    assert report["curve"] == [] == report["classes"] and not (result.model_path / "SUMMARY.md").exists()
+    assert (result.model_path / "skipping.png").exists()  # speaks of full depth
+
+
+def test_a_bare_encoder_gets_its_classes_from_the_rows(models, tmp_path):
+    result = skip(models, tmp_path / "out", model="encoder", exit_layers=[2, 4])
+    model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
+    assert model.config.exit_layers == [2, 4] and model.config.num_labels == 2
+    assert result.rows[0].name == "all layers"
+
+
+def test_a_slim_model_keeps_its_exits_and_gets_a_light_gate(models, tmp_path):
+    result = skip(models, tmp_path / "out", model="slim", gates=None)
+    config = AutoModelForSequenceClassification.from_pretrained(result.model_path).config
+    assert (config.skip_gates, config.exit_head, config.exit_layers) == ("linear", "linear", [1, 2, 3, 4])
+    again = skip(models, tmp_path / "again", model=str(tmp_path / "out"), gates=None)
+    assert again.rows[0].name == "model as given" and again.skipping is not None
+
+
+def test_exits_alone_and_skipping_alone_are_settings(models, tmp_path):
+    leaving = skip(models, tmp_path / "exits", gates="none")
+    model = AutoModelForSequenceClassification.from_pretrained(leaving.model_path)
+    assert model.config.skip_gates is None and model.config.exit_head == "attention" and leaving.skipping is None
+    assert [row.name for row in leaving.rows] == ["model as given", "all layers", "early exit"]
+    skipping = skip(models, tmp_path / "skips", exit_epochs=0)
+    model = AutoModelForSequenceClassification.from_pretrained(skipping.model_path)
+    assert model.config.exit_config is None and stages(tmp_path / "skips") == {"backbone"}
+    assert skipping.rows[-1].name == "skipping"
+
+
+def test_the_settings_of_training_reach_it(models, tmp_path, monkeypatch):
+    seen = []
+
+    class Noting(layer_skipping.CostEffTrainer):
+        def __init__(self, model, args, **kwargs):
+            seen.append(args)
+            super().__init__(model, args, **kwargs)
+
+    monkeypatch.setattr(layer_skipping, "CostEffTrainer", Noting)
+    off = {"skip_weight": 0.0, "contrastive_weight": 0.0, "exit_contrastive_weight": 0.0, "hard_gate_ratio": 1.0}
+    skip(models, tmp_path / "off", **off)
+    skip(models, tmp_path / "on", target_layers=2.0)
+    backbone, exits, on, on_exits = seen
+    assert (backbone.trained_parts, exits.trained_parts) == ("backbone", "exits")
+    assert (backbone.skip_weight, backbone.contrastive_weight, backbone.hard_gate_ratio) == (0.0, 0.0, 1.0)
+    assert backbone.metric_for_best_model == "accuracy" and on.metric_for_best_model == "accuracy_on_target"
+    assert exits.exit_contrastive_weight == 0 and on_exits.exit_contrastive_weight == 0.05
+    assert (on.skip_weight, on.contrastive_weight, on.hard_gate_ratio) == (0.04, 0.01, 0.4)
+    assert not exits.load_best_model_at_end and exits.target_layers is None
+
+
+def test_the_backbone_stays_as_it_is_while_the_exits_learn_and_serves_other_exits(models, tmp_path, monkeypatch):
+    skip(models, tmp_path / "out")
+    folder = tmp_path / "out" / "stages"
+    before = AutoModelForSequenceClassification.from_pretrained(folder / "backbone").state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(next(folder.glob("exits-*"))).state_dict()
+    learnt = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert learnt and all(any(f"exits.{layer}." in name for layer in (1, 2, 3)) for name in learnt)
+    monkeypatch.setattr(layer_skipping.LayerSkipping, "_train_backbone", None)
+    skip(models, tmp_path / "out", exit_contrastive_weight=0.5, max_metric_drop=2.0)
+    assert len(list(folder.glob("exits-*"))) == 2
+
+
+def test_a_run_killed_between_the_phases_goes_on(models, tmp_path, monkeypatch):
+    def killed(self, stage):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(layer_skipping.LayerSkipping, "_train_exits", killed)
+        with pytest.raises(KeyboardInterrupt):
+            skip(models, tmp_path / "cut")
+    with monkeypatch.context() as patched:
+        patched.setattr(layer_skipping.LayerSkipping, "_train_backbone", None)
+        skip(models, tmp_path / "cut")
+    skip(models, tmp_path / "whole")
+    cut, whole = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict() for name in ("cut", "whole")
+    )
+    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"target_layers": 4.0}, "above 0 and below 4"),
+        ({"target_layers": 2.0, "gates": "none"}, "`target_layers` needs gates"),
+        ({"target_layers": 3.9, "gates": "attention"}, "gates themselves cost"),
+        ({"exit_epochs": 0.0, "gates": "none"}, "no row would save anything"),
+        ({"gates": "hard"}, "`gates` is 'hard'. It must be one of none, attention, linear"),
+        ({"exit_head": "mlp"}, "`exit_head` is 'mlp'"),
+        ({"epochs": -1.0}, "`epochs` is -1.0"),
+        ({"metric": "spearman"}, "spearman"),
+        ({"skip_weight": -1.0}, "`skip_weight` is -1.0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(settings, error, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_skipping.CostEffTrainer, "train", None)
+    with pytest.raises(ValueError, match=error):
+        skip(models, tmp_path / "out", **settings)
+
+
+def test_the_command_says_what_came_of_it(models, tmp_path, capsys):
+    sentence_rows(200).to_csv(tmp_path / "rows.csv")
+    words = ["--epochs", "0.2", "--exit_epochs", "0", "--gates", "linear", "--batch_size", "8"]
+    files = ["--train_file", str(tmp_path / "rows.csv"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["skip", str(models / "stock"), *words, *files]) == 0
+    assert "of 4 layers on average" in capsys.readouterr().out
+    assert cli.main(["skip", str(models / "stock"), *words, *files, "--gates", "soft"]) == 1
+    assert "`--gates` is 'soft'" in capsys.readouterr().err
