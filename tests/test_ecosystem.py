@@ -92,6 +92,27 @@ def test_a_lora_adapter_trains_with_all_exits_and_comes_back_and_merges(folder, 
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_of_a_gated_model_comes_back_with_the_modules_it_was_told_to_save(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = tiny_model(num_labels=2, skip_gates="attention", gate_size=6, exit_head="attention", exit_head_size=8)
+    base.save_pretrained(tmp_path / "base")
+    saved = ["attention.reduce", "attention.query", "attention.key", "attention.value", "dense", "decision"]
+    settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False, modules_to_save=saved)
+    model = peft.get_peft_model(base, settings)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert not [name for name in frozen if (".exits." in name or ".gates." in name) and "original_module" not in name]
+    with torch.no_grad():  # what training might do
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    expected = model.eval()(**INPUTS)
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    found = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()(**INPUTS)
+    for kind in ("exit_logits", "skip_probabilities"):
+        torch.testing.assert_close(found[kind], expected[kind])
+
+
 def test_the_tokenizer_loads_without_a_warning(folder, caplog):
     with caplog.at_level(logging.WARNING):
         logging.getLogger("transformers").addHandler(caplog.handler)

@@ -229,6 +229,7 @@ def test_checkpoint_bytes_are_close_to_the_file(tmp_path) -> None:
         (lambda config: cumulative_flops(config, 8, [9]), r"\[9\].*have no exit"),
         (lambda config: mean_flops(config, [0, 1], 8), r"0\.\.1.*1\.\.5"),
         (lambda config: mean_flops(config, [1, 6], 8), r"1\.\.6.*1\.\.5"),
+        (lambda config: mean_flops(config, [1, 5], 8, None, torch.zeros(2, 3)), r"\(2, 3\).*must be \(2, 5\)"),
         (lambda config: mean_flops(config, [1, 2], [8]), "one entry per row"),
         (lambda config: mean_flops(config, [], []), "at least one row"),
         (lambda config: measure_latency(int, repeats=0), "repeats"),

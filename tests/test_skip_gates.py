@@ -387,6 +387,13 @@ def test_rows_that_skip_every_layer_are_answered_by_the_last_exit(gated, early_e
     assert found.exit_layer.tolist() == [4] * 8 and found.skipped_layers.all()
 
 
+def test_the_last_exit_looks_at_every_row_once(gated):
+    seen = []
+    gated.costeff.exits["4"].register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+    found = gated.predict(**random_batch(LENGTHS), early_exit=False)
+    assert found.skipped_layers[:, -1].unique().tolist() == [False, True] and seen == [len(LENGTHS)]
+
+
 @pytest.mark.parametrize("skipped", [[1], [4], [2, 3], []])
 def test_layers_that_all_rows_skip_might_as_well_not_be_there(gated, skipped):
     model = set_gates(gated, [9.0 if layer in skipped else -9.0 for layer in range(1, 5)])

@@ -289,6 +289,11 @@ def mean_flops(
             f"`exit_layers` lies in {int(layers.min())}..{int(layers.max())}. Exit layers are 1-based: they must lie "
             f"in 1..{config.num_hidden_layers}."
         )
+    if skipped_layers is not None and skipped_layers.shape != (len(layers), config.num_hidden_layers):
+        raise ValueError(
+            f"`skipped_layers` has shape {tuple(skipped_layers.shape)}. It must be {(len(layers), config.num_hidden_layers)}:"
+            " one entry per row and layer, as `predict` returns it."
+        )
     paths = [None] * len(layers) if skipped_layers is None else map(_layers_marked, skipped_layers.tolist())
     rows = Counter(zip(layers.tolist(), lengths.tolist(), paths, strict=True))
     spent = (

@@ -296,7 +296,7 @@ class CostEffModel(CostEffPreTrainedModel):
             token_type_ids: Segment indices, shape (batch, seq); `None` means all 0.
             early_exit: `None` what the model was saved with (full depth if nothing was), `False` full depth, `True` the
                 saved settings, a number a threshold on the normalised entropy (0: nobody leaves early, 1: everybody
-                leaves at the first exit), or an [`ExitConfig`].
+                leaves at the first exit, of the layers it runs), or an [`ExitConfig`].
             skip_layers: Whether rows skip the layers whose gates say so; the exits of these are not asked about them,
                 but for the last, which always answers. `None`: if there are gates. `False` runs every layer.
 
@@ -393,15 +393,16 @@ class CostEffModel(CostEffPreTrainedModel):
         if not plan.skips:
             return rows.leave(plan, self._run(rows, stop, [stop])[0])
         asked: list[int] = []
+        asks_all = stop == self.config.num_hidden_layers  # those who skip the last layer are answered there too
         while rows.depth < stop:
             layer = rows.depth + 1
             decided = self.gates[layer - 1](rows.hidden_states, rows.padding_mask) >= self.config.skip_threshold
             asked, running = rows.split(decided.tolist())  # the one transfer
             if running is not None:
-                answers = self._run(running, layer, [stop] if layer == stop else [])
+                answers = self._run(running, layer, [] if asks_all else [stop])
                 rows.put(asked, running)
             rows.depth = layer
-        if stop == self.config.num_hidden_layers and len(asked) < len(rows):  # who skips it is answered there too
+        if asks_all:
             return rows.leave(plan, self.exits[str(stop)](rows.hidden_states, rows.padding_mask))
         return rows.leave(plan, answers[0], asked) if asked else (None, rows)
 
@@ -524,7 +525,8 @@ class CostEffModel(CostEffPreTrainedModel):
             made, weights = self.layers[depth - 1](inward, attention_mask, attend)
             hidden = made if mixing is None else mixing(inward, made, self.gates[depth - 1](inward, padding_mask))
             if equilibrium:
-                made, hidden = (ScaleGradient.apply(states, 1 / exits_ahead) for states in (made, hidden))
+                hidden = ScaleGradient.apply(hidden, 1 / exits_ahead)
+                made = hidden if mixing is None else ScaleGradient.apply(made, 1 / exits_ahead)
             if hidden_states is not None:
                 hidden_states.append(hidden)
             if attentions is not None:
