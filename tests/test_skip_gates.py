@@ -507,6 +507,35 @@ def test_attention_heads_are_made_fresh_where_they_were_linear():
     assert torch.equal(kept.costeff.exits["1"].classifier.weight, model.costeff.exits["1"].classifier.weight)
 
 
+def test_a_model_with_fresh_gates_keeps_its_name_and_what_is_frozen():
+    model = tiny_model(exit_pooling="mean")
+    model.name_or_path = "org/slim"
+    model.costeff.layers[1].requires_grad_(False)
+    model.costeff.exits["2"].requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    gated = add_skip_gates(model, "linear")
+    assert frozen and {name for name, p in gated.named_parameters() if not p.requires_grad} == frozen
+    assert gated.name_or_path == "org/slim"
+    fresh = add_skip_gates(model, "linear", exit_head="attention", exit_head_size=8)
+    assert all(parameter.requires_grad for parameter in fresh.costeff.exits.parameters())
+
+
+@pytest.mark.parametrize("make", [lambda: CostEffModel(tiny_config()), tiny_bert], ids=["bare", "stock"])
+def test_gates_go_into_a_multi_exit_classifier_alone(make):
+    with pytest.raises(ValueError, match=r"this is a (CostEffModel|Bert\w+)\. Load it with AutoModelForSequence"):
+        add_skip_gates(make())
+
+
+def test_a_first_gate_that_cannot_tell_rows_apart_is_told(caplog):
+    with caplog.at_level(logging.WARNING, "hf_costeff.gating"):
+        add_skip_gates(tiny_model(), "attention", gate_size=2)
+        add_skip_gates(tiny_model(exit_pooling="mean"), "linear")
+        assert "the same for every row" not in caplog.text
+        add_skip_gates(tiny_model(), "linear")
+    [said] = [record.getMessage() for record in caplog.records if "the same for every row" in record.getMessage()]
+    assert 'exit_pooling="mean"' in said and "attention gates" in said
+
+
 def test_gates_are_added_once():
     gated = add_skip_gates(convert_from_stock(tiny_bert()), "linear")
     with pytest.raises(ValueError, match="The model has skip gates already"):
@@ -519,7 +548,7 @@ def test_an_unknown_form_of_gate_is_refused():
 
 
 def test_gates_that_cost_more_than_their_layers_are_named(caplog):
-    model = tiny_model(num_attention_heads=[2, 0, 1, 3], intermediate_size=[10, 0, 0, 16])
+    model = tiny_model(num_attention_heads=[2, 0, 1, 3], intermediate_size=[10, 0, 0, 16], exit_pooling="mean")
     with caplog.at_level(logging.WARNING, "hf_costeff.gating"):
         gated = add_skip_gates(model, "linear")
         assert [record.getMessage().split(" take")[0] for record in caplog.records] == ["The gates of layers 2"]
@@ -527,7 +556,7 @@ def test_gates_that_cost_more_than_their_layers_are_named(caplog):
         add_skip_gates(model, "attention", gate_size=200)
         assert caplog.records[0].getMessage().startswith("The gates of layers 1, 2, 3, 4 take")
         caplog.clear()
-        add_skip_gates(tiny_model(num_attention_heads=2, intermediate_size=16), "linear")
+        add_skip_gates(tiny_model(num_attention_heads=2, intermediate_size=16, exit_pooling="mean"), "linear")
         assert not caplog.records
     assert gated.predict(**random_batch(LENGTHS)).skipped_layers.shape == (8, 4)
 

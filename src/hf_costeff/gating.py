@@ -29,19 +29,26 @@ def add_skip_gates(
     Args:
         model: Of any widths, converted, slenderized or packed. A layer without heads and neurons may be cheaper than
             its gate, of which there is a warning.
-        skip_gates: `"attention"` or `"linear"`, see [`CostEffConfig`].
+        skip_gates: `"attention"` or `"linear"`, see [`CostEffConfig`]. With `exit_pooling="cls"` there is a warning of
+            linear gates: the first one cannot tell rows apart.
         gate_size: Width of an attention gate.
         exit_head: Form of the exit heads, `"linear"` or `"attention"`; another one than they have makes them fresh.
             `None` keeps them.
         exit_head_size: Width of attention exit heads that are made fresh.
 
     Returns:
-        A model on the same device, in the same dtype, in training mode like the given one.
+        A model on the same device, in the same dtype, in training mode like the given one, of the same name; what is
+        frozen there is frozen here.
 
     Raises:
-        ValueError: If the model has gates already.
+        ValueError: If it is no multi-exit classifier, or has gates already.
         StrictDataclassError: As [`CostEffConfig`], for a form or width that no gate or head can have.
     """
+    if not isinstance(model, CostEffForSequenceClassification):
+        raise ValueError(
+            f"Gates go into a CostEffForSequenceClassification, and this is a {type(model).__name__}. Load it with "
+            "AutoModelForSequenceClassification, or make one of a stock classifier: hf_costeff.convert_from_stock."
+        )
     config = copy.deepcopy(model.config)
     if config.skip_gates is not None:
         raise ValueError(
@@ -55,11 +62,20 @@ def add_skip_gates(
         fresh.append("exits.")
     config.validate()
     _warn_of_dear_gates(config)
+    if skip_gates == "linear" and config.exit_pooling == "cls":
+        logger.warning(
+            "The linear gate of layer 1 decides the same for every row: it sees the first token, which has not read "
+            'the text yet. Convert with exit_pooling="mean", or take attention gates.'
+        )
     gated = type(model)(config).to(device=model.device, dtype=model.dtype)
     places = tuple(f"{model.base_model_prefix}.{name}" for name in fresh)
     own = {name: tensor for name, tensor in gated.state_dict().items() if name.startswith(places)}
     given = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(places)}
     gated.load_state_dict(given | own)
+    gated.name_or_path = model.name_or_path
+    kept = {name: parameter.requires_grad for name, parameter in model.named_parameters() if name in given}
+    for name, parameter in gated.named_parameters():
+        parameter.requires_grad_(kept.get(name, True))
     return gated.train(model.training)
 
 
