@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from functools import partial
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,17 +18,20 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from helpers import tiny_config
+from hf_costeff import CostEffConfig
 from hf_costeff.calibration import (
     ExitSearch,
     candidate_settings,
     choose_exit_config,
+    describe_seen,
     exit_curve,
     fit_temperatures,
 )
+from hf_costeff.calibration_goals import check_goal
 from hf_costeff.efficiency import mean_flops
 from hf_costeff.exit_criteria import ExitConfig, simulate_exits
 from hf_costeff.exit_replay import ExitLogits, ExitOutcome, ExitReplay, ExitTimes
-from hf_costeff.guarantees import split_rows
+from hf_costeff.guarantees import describe_promise, split_rows
 
 GATED = tiny_config(skip_gates="linear")
 choose = partial(choose_exit_config, search=ExitSearch(fit_temperatures=False))  # thresholds worked by hand
@@ -657,10 +662,64 @@ def test_a_gated_model_is_not_calibrated_by_time_or_by_patience():
     times = ExitTimes([1.0, 2.0, 3.0, 4.0], 0.1, batch_size=1, threads=1, precision="float32", hardware={})
     with pytest.raises(ValueError, match="Calibrating by time needs a model whose rows all run the same layers"):
         choose_exit_config(skipping(100), GATED, "accuracy", max_latency_ms=3.0, exit_times=times)
-    with pytest.raises(ValueError, match="The patience criterion compares"):
+    with pytest.raises(
+        ValueError, match=r"The patience criterion .*Use the entropy.*from_pretrained\(\.\.\., skip_gates=None"
+    ):
         choose_exit_config(
             skipping(100), GATED, "accuracy", max_disagreement=3.0, search=ExitSearch(criterion="patience")
         )
+
+
+def gated_regression() -> tuple[ExitLogits, CostEffConfig]:
+    skipped = torch.tensor([[False, True, False, False]]).repeat(5, 1)
+    return dataclasses.replace(regression_records(), skipped=skipped), tiny_config(num_labels=1, skip_gates="linear")
+
+
+def test_gated_regression_is_refused_before_anything_runs():
+    records, config = gated_regression()
+    message = r"There is no other criterion for regression\. Load the model without them: .*skip_gates=None"
+    with pytest.raises(ValueError, match=message):
+        check_goal(config, "spearman", max_metric_drop=5.0)
+    with pytest.raises(ValueError, match=message):
+        choose_exit_config(records, config, "spearman", max_metric_drop=5.0)
+
+
+def test_the_curve_of_gated_regression_is_full_depth_alone():
+    records, config = gated_regression()
+    [point] = exit_curve(records, config, "spearman")
+    assert (point.metric, point.mean_exit_layer, point.speedup) == (pytest.approx(1.0), 4.0, 1.0)
+
+
+@pytest.mark.parametrize("per_exit", [False, True])
+@pytest.mark.parametrize("goal", ["target_speedup", "max_disagreement"])
+def test_no_row_leaves_later_along_any_path(goal, per_exit):
+    replay = ExitReplay(skipping(150), GATED)
+    paths = ExitSearch(per_exit=per_exit).paths(replay, goal)
+    for path in paths:
+        exits = torch.stack([replay.at(settings).exit_index for part in path for settings in part])
+        assert (exits[1:] <= exits[:-1]).all()
+    assert max(map(len, paths)) == (2 if goal == "target_speedup" else 1)
+
+
+def test_few_rows_for_a_temperature_are_told(caplog):
+    asked = np.ones((300, 4), dtype=bool)
+    fit_temperatures(population(300), SINGLE, asked)
+    asked[19:, 2] = False
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "hf_costeff.calibration"):
+        fit_temperatures(population(300), SINGLE, asked)
+    [record] = caplog.records
+    assert record.getMessage().startswith("Exits 3 of 4, counted from 1, are asked about fewer than 20 rows")
+
+
+def test_the_reference_of_losses_is_named_where_rows_skip():
+    settings = choose_exit_config(skipping(3000), GATED, "accuracy", max_disagreement=5.0, guarantee=True)
+    seen = settings.calibration
+    assert seen["promise"]["reference"] == "the same model at full depth, with its gates"
+    assert describe_promise(seen["promise"]).endswith("counted against the same model at full depth, with its gates.")
+    assert "at full depth with its gates, " in describe_seen(seen)
+    plain = choose_exit_config(population(3000), DEEP, "accuracy", max_disagreement=5.0, guarantee=True).calibration
+    assert "reference" not in plain["promise"] and "gates" not in describe_seen(plain)
 
 
 THREE = tiny_config(num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2)

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import DataCollatorWithPadding
 
-from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
+from helpers import balance_gates, tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import CostEffForSequenceClassification, ExitConfig
 from hf_costeff.calibration import describe_seen
 from hf_costeff.efficiency import cumulative_flops, stock_flops
@@ -65,6 +65,33 @@ def test_a_stock_classifier_has_one_exit(rows):
     records = collect_exit_logits(model, rows, COLLATOR, batch_size=5, show_progress=False)
     expected = torch.stack([outputs.logits for outputs in single_rows(model, rows)])
     torch.testing.assert_close(records.logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [tiny_model(), tiny_bert()], ids=["multi-exit", "stock"])
+def test_a_model_without_gates_skips_nothing_and_cannot_be_told_to(model, rows):
+    records = collect_exit_logits(model, rows, COLLATOR, show_progress=False, skip_layers=False)
+    assert records.skipped is None
+    with pytest.raises(ValueError, match=r"`skip_layers` is True, and this model has no gates\..*add_skip_gates"):
+        collect_exit_logits(model, rows, COLLATOR, show_progress=False, skip_layers=True)
+
+
+def test_a_model_with_gates_skips_unless_told_otherwise(rows):
+    model = balance_gates(tiny_model(seed=3, skip_gates="linear", exit_pooling="mean"))
+    by_default, on, off = (
+        collect_exit_logits(model, rows, COLLATOR, show_progress=False, skip_layers=wanted)
+        for wanted in (None, True, False)
+    )
+    assert torch.equal(by_default.skipped, on.skipped) and on.skipped.any() and off.skipped is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings"), [(1, {"max_metric_drop": 5.0}), (3, {"max_disagreement": 5.0, "criterion": "patience"})]
+)
+def test_patience_of_a_gated_model_is_refused_before_it_runs(labels, settings, rows):
+    model = tiny_model(num_labels=labels, skip_gates="linear")
+    model.forward = None
+    with pytest.raises(ValueError, match=r"The patience criterion .*from_pretrained\(\.\.\., skip_gates=None\)"):
+        calibrate(model, rows, COLLATOR, show_progress=False, **settings)
 
 
 def test_the_model_keeps_its_mode_and_is_run_without_dropout(rows):

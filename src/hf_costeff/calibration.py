@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
+from transformers.utils import logging
 
-from .calibration_goals import BUDGETS, GOALS, check_goal
+from .calibration_goals import BUDGETS, GOALS, check_goal, default_criterion
 from .exit_criteria import (
     CRITERIA,
     MULTI_LABEL,
@@ -38,8 +39,10 @@ from .exit_replay import (
     ReplayedPath,
     ThresholdPath,
 )
-from .guarantees import last_safe, p_value, rows_needed, sample_needed, split_rows, zero_loss_rows
+from .guarantees import GATED_REFERENCE, last_safe, p_value, rows_needed, sample_needed, split_rows, zero_loss_rows
 from .metrics import LOWER_IS_BETTER, METRICS, paired_bootstrap, worse_by
+
+logger = logging.get_logger(__name__)
 
 SHARES = np.linspace(0.005, 1.0, 200)
 GRID = tuple(step / 200 for step in range(201))
@@ -56,8 +59,8 @@ def fit_temperatures(records: ExitLogits, problem_type: str, asked: np.ndarray |
         records: Logits of all exits. Without labels, each exit is fitted to the answers of full depth, and the last
             keeps 1.
         problem_type: As upstream's `config.problem_type`; regression has no probabilities and keeps 1 everywhere.
-        asked: Which rows an exit is asked about, shape (rows, exits): it is fitted to them, and keeps 1 where they are
-            fewer than `FEWEST_ROWS`. `None`: all.
+        asked: Which rows an exit is asked about, shape (rows, exits): it is fitted to them, and keeps 1, of which there
+            is a warning, where they are fewer than `FEWEST_ROWS`. `None`: all.
 
     Returns:
         One number per exit, within 0.05..20.
@@ -84,20 +87,21 @@ def fit_temperatures(records: ExitLogits, problem_type: str, asked: np.ndarray |
     bounds = tuple(map(math.log, TEMPERATURES))
     fitted = []
     asked = np.ones(records.logits.shape[:2], dtype=bool) if asked is None else asked
+    few = asked.sum(0) < min(FEWEST_ROWS, len(asked))
+    if few.any():
+        logger.warning(
+            f"Exits {', '.join(map(str, np.flatnonzero(few) + 1))} of {num_exits}, counted from 1, are asked about "
+            f"fewer than {FEWEST_ROWS} rows, the others skip their layers. Their temperatures stay 1. Give more rows."
+        )
     exact = records.logits.double()  # so exactly that the order of classes and rows leaves no trace
-    for logits, own in zip(exact.unbind(1), asked.T, strict=True):
-        if own.sum() < min(FEWEST_ROWS, len(own)):
+    for logits, own, too_few in zip(exact.unbind(1), asked.T, few, strict=True):
+        if too_few:
             fitted.append(1.0)
             continue
         given = (logits[own], targets[own])
         best = minimize_scalar(loss, bounds=bounds, args=given, method="bounded", options={"xatol": 1e-6})
         fitted.append(round(math.exp(best.x), 4))
     return fitted if records.labels is not None else [*fitted[:-1], 1.0]
-
-
-def default_criterion(problem_type: str) -> str:
-    """Name of the criterion that thresholds are chosen for unless the user names another."""
-    return "patience" if problem_type == REGRESSION else "entropy"
 
 
 def candidate_settings(
@@ -110,11 +114,11 @@ def candidate_settings(
     checked_exits: list[int] | None = None,
     deepest_exit: int | None = None,
 ) -> Sequence[ExitConfig]:
-    """Settings from the most careful (nobody leaves early) to the boldest (everybody leaves at the first checked exit).
+    """Settings from the most careful (nobody leaves early) to the boldest (all leave at the first exit they can).
 
-    No row ever leaves later under a bolder one. Thresholds: an even grid and the quantiles of what was seen, or, with
-    `losses`, one threshold per exit. Patience: ever fewer agreeing exits, down to none; for regression one, with
-    growing tolerance, then none.
+    That is the first checked exit whose layer a row runs. No row ever leaves later under a bolder one. Thresholds: an
+    even grid and the quantiles of what was seen, or, with `losses`, one threshold per exit. Patience: ever fewer
+    agreeing exits, down to none; for regression one, with growing tolerance, then none.
 
     Args:
         records: Logits of all exits.
@@ -125,8 +129,8 @@ def candidate_settings(
             is the boldest at which the share of losers among the rows that leave there keeps to the level. `None`: one
             threshold for all exits.
         checked_exits: As in [`ExitConfig`].
-        deepest_exit: One of the checked layers, at which everybody leaves who is still in; the most careful settings
-            then let everybody leave there. `None`: the model's last.
+        deepest_exit: One of the checked layers: from there on everybody leaves at the first checked exit whose layer it
+            runs, under the most careful settings too. `None`: the model's last.
 
     Raises:
         ValueError: Unknown criterion, or thresholds per exit for patience, which has none.
@@ -234,13 +238,15 @@ def exit_curve(records: ExitLogits, config: ExitingConfig, metric: str) -> list[
 
 
 def curve_settings(records: ExitLogits, config: ExitingConfig) -> Sequence[ExitConfig]:
-    """The settings that [`exit_curve`] shows."""
-    stored = None if config.exit_config is None else ExitConfig.from_dict(config.exit_config)
-    if stored is None:
-        return candidate_settings(records, config, default_criterion(config.resolved_problem_type))
-    return candidate_settings(
+    """The settings that [`exit_curve`] shows: full depth alone where rows skip layers and the criterion looks back."""
+    criterion = default_criterion(config.resolved_problem_type)
+    stored = (
+        ExitConfig(criterion, threshold=0.0) if config.exit_config is None else ExitConfig.from_dict(config.exit_config)
+    )
+    path = candidate_settings(
         records, config, stored.criterion, temperatures=stored.temperatures, checked_exits=stored.checked_exits
     )
+    return path[:1] if records.skipped is not None and CRITERIA[stored.criterion].looks_back else path
 
 
 SettingsPath = tuple[Sequence[ExitConfig], ...]
@@ -282,7 +288,8 @@ class ExitSearch:
         """The settings to try on these rows: paths from careful to bold, one for each choice of exits to check.
 
         Checked are all exits from some exit on, and the first path checks them all. A path ends with everybody leaving
-        at its first exit. Where a budget must be kept whatever it costs, it goes on from there to earlier exits.
+        at the first of them whose layer it runs. Where a budget must be kept whatever it costs, it goes on from there
+        to earlier exits; the ones behind stay for the rows that skip.
         """
         criterion = self.criterion_for(replay.problem_type)
         temperatures: float | list[float] = 1.0
@@ -306,8 +313,12 @@ class ExitSearch:
         ]
         if goal not in BUDGETS:
             return paths
+        skips = replay.records.skipped is not None
         return paths + [
-            (*paths[deepest], path(checked_exits=early[start : deepest + 1], deepest_exit=early[deepest]))
+            (
+                *paths[deepest],
+                path(checked_exits=early[start : None if skips else deepest + 1], deepest_exit=early[deepest]),
+            )
             for deepest in range(1, len(early))
             for start in range(deepest)
         ]
@@ -370,6 +381,7 @@ def choose_exit_config(
     goal, limit = check_goal(
         config,
         metric,
+        criterion=search.criterion,
         guarantee=guarantee,
         delta=delta,
         reference_flops=reference_flops,
@@ -520,6 +532,8 @@ def _guaranteed(
         return steps[0][0], {"no_promise": f"Cannot promise {wanted}: {why}"}
     position, flips = safe
     promise = {"loss": goal, "epsilon": epsilon, "delta": delta, "rows": tests, "flips": flips}
+    if replay.records.skipped is not None:
+        promise["reference"] = GATED_REFERENCE
     part, own = [(part, own) for part in steps for own in range(len(part))][position + 1]
     return part[own], {"promise": promise}
 
@@ -560,10 +574,11 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
         >>> describe_seen({"rows": 50, "disagreement": 0.02, "mean_exit_layer": 2.5, "speedup_over_full_depth": 2.0})
         'On 50 rows: 2.00% answer otherwise than at full depth, mean exit layer 2.50, 2.00x fewer FLOPs.'
     """
+    full = "at full depth with its gates" if seen.get("skip_threshold") is not None else "at full depth"
     if "metric" in seen:
-        quality = f"{seen['metric']} {seen['full_depth']:.4f} at full depth, {seen['early_exit']:.4f} with early exit"
+        quality = f"{seen['metric']} {seen['full_depth']:.4f} {full}, {seen['early_exit']:.4f} with early exit"
     else:
-        quality = f"{100 * seen['disagreement']:.2f}% answer otherwise than at full depth"
+        quality = f"{100 * seen['disagreement']:.2f}% answer otherwise than {full}"
     trained = seen.get("trained_rows", 0)
     rows = f"{seen['rows']:,} rows, {trained:,} of which were in training" if trained else f"{seen['rows']:,} rows"
     said = (

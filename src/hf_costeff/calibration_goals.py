@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from .configuration_cascade import CostEffCascadeConfig
 from .configuration_costeff import require_no_gates
-from .exit_criteria import REGRESSION
+from .exit_criteria import CRITERIA, REGRESSION
 from .exit_replay import ExitingConfig, ExitTimes
 from .metrics import check_metric
 
@@ -16,10 +16,16 @@ BUDGETS = ("target_speedup", "max_latency_ms")
 GOALS = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", *BUDGETS)
 
 
+def default_criterion(problem_type: str) -> str:
+    """Name of the criterion that thresholds are chosen for unless the user names another."""
+    return "patience" if problem_type == REGRESSION else "entropy"
+
+
 def check_goal(
     config: ExitingConfig,
     metric: str,
     *,
+    criterion: str | None = None,
     guarantee: bool = False,
     delta: float = 0.1,
     reference_flops: float | None = None,
@@ -31,6 +37,7 @@ def check_goal(
     Args:
         config: The model's.
         metric: As in [`choose_exit_config`], as all others.
+        criterion: A key of `CRITERIA`; `None`: [`default_criterion`].
         guarantee: Whether a promise is asked for.
         delta: Largest chance of a broken one.
         reference_flops: What a speed-up is measured against.
@@ -42,6 +49,7 @@ def check_goal(
     """
     goal, limit = one_goal(goals)
     _check_served(goal, limit, metric, config.resolved_problem_type)
+    _check_criterion(criterion, config)
     _check_times(exit_times, config, goal, reference_flops)
     if guarantee:
         check_guarantee(goal, limit, delta)
@@ -79,6 +87,19 @@ def _check_served(goal: str, limit: float, metric: str, problem_type: str) -> No
             f"`max_accuracy_drop` is {limit:g}, and the metric is {metric!r}. Use `max_metric_drop` for this "
             "metric, or leave the metric out."
         )
+
+
+def _check_criterion(criterion: str | None, config: ExitingConfig) -> None:
+    gates, problem_type = getattr(config, "skip_gates", None), config.resolved_problem_type
+    name = criterion or default_criterion(problem_type)
+    if gates is None or not CRITERIA[name].looks_back:
+        return
+    others = "" if problem_type == REGRESSION else "Use the entropy, confidence or margin criterion, or load "
+    raise ValueError(
+        f"The {name} criterion compares the exits that a row has passed, and with skip gates ({gates!r}) a row has no "
+        f"answer after a layer that it skips. {others or 'There is no other criterion for regression. Load '}the model "
+        "without them: from_pretrained(..., skip_gates=None)."
+    )
 
 
 def check_guarantee(goal: str, limit: float, delta: float) -> None:

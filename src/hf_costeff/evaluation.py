@@ -74,8 +74,17 @@ def collect_exit_logits(
 
     Returns:
         Logits in single precision on the host.
+
+    Raises:
+        ValueError: `skip_layers=True` without gates.
     """
-    settings = {} if skip_layers is None else {"use_gates": skip_layers}
+    gated = getattr(model.config, "skip_gates", None) is not None
+    if skip_layers and not gated:
+        raise ValueError(
+            f"`skip_layers` is {skip_layers}, and this model has no gates. Leave it out, or give the model gates and "
+            "train them: hf_costeff.add_skip_gates(model)."
+        )
+    settings = {"use_gates": False} if gated and skip_layers is False else {}
 
     def ask(batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         outputs = model(**model_inputs(model, batch), **settings)
@@ -298,10 +307,10 @@ def calibrate(
     goals |= {"reference_flops": reference_flops, "exit_times": exit_times, "guarantee": guarantee, "delta": delta}
     accuracy = "accuracy" if max_accuracy_drop is not None else None
     metric = metric or accuracy or default_metric(model.config.resolved_problem_type)
-    check_goal(model.config, metric, **goals)  # before the model runs over all rows
-    datasets, collators = _one_each(model, dataset, collator)
     by_time = None if checked_exits is not None else _exits_chosen_by_time(model)
     search = ExitSearch(criterion, per_exit, fit_temperatures, by_time if checked_exits is None else checked_exits)
+    check_goal(model.config, metric, criterion=criterion, **goals)  # before the model runs over all rows
+    datasets, collators = _one_each(model, dataset, collator)
     trained_rows = _count_trained_rows(model, datasets[-1], trained_keys)
     records = _calibration_records(model, datasets, collators, show_progress)
     if guarantee:

@@ -60,14 +60,14 @@ class ExitPlan:
         if stray := set(settings.checked_exits or ()) - set(exit_layers):
             raise ValueError(f"`checked_exits` names layers without an exit: {sorted(stray)}. Exits: {exit_layers}.")
         criterion = settings.build_criterion(len(exit_layers), problem_type)
-        if skips and criterion.looks_back:
+        asked = [settings.is_checked(layer) and criterion.can_leave(index) for index, layer in enumerate(exit_layers)]
+        stops = [layer for layer, ask in zip(exit_layers, asked, strict=True) if ask or layer == depth]
+        if skips and criterion.looks_back and len(stops) > 1:
             raise ValueError(
                 f"The {criterion.name} criterion compares the exits that a row has passed, and a row that skips a "
                 "layer has no answer there. Use the entropy, confidence or margin criterion (there is none for "
                 "regression), full depth with early_exit=False, or run every layer with skip_layers=False."
             )
-        asked = [settings.is_checked(layer) and criterion.can_leave(index) for index, layer in enumerate(exit_layers)]
-        stops = [layer for layer, ask in zip(exit_layers, asked, strict=True) if ask or layer == depth]
         return cls(criterion, exit_layers, stops, problem_type, skips)
 
     def next_stop(self, depth: int) -> int:

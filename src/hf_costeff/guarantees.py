@@ -20,6 +20,7 @@ LOSSES = {
     "max_accuracy_drop": "full depth is right and the early answer wrong",
     "max_disagreement": "the early answer differs from that of full depth",
 }
+GATED_REFERENCE = "the same model at full depth, with its gates"
 
 
 def split_rows(row_keys: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -150,8 +151,9 @@ def describe_promise(promise: Mapping[str, Any]) -> str:
         Promised for new rows of the same kind, with probability 0.9: for at most 1.00% of them the early answer differs
         from that of full depth. It was tested on 800 rows, of which 2 lost.
     """
+    reference = f" Losses are counted against {promise['reference']}." if "reference" in promise else ""
     return (
         f"Promised for new rows of the same kind, with probability {1 - promise['delta']:g}: for at most "
         f"{promise['epsilon']:.2%} of them {LOSSES[promise['loss']]}. It was tested on {promise['rows']:,} rows, of "
-        f"which {promise['flips']:,} lost."
+        f"which {promise['flips']:,} lost.{reference}"
     )
