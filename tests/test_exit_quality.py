@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -90,6 +91,29 @@ def test_an_exit_tells_its_layer_its_metric_and_its_share_of_rows():
     )
     right = replay.records.logits[:, 0].argmax(-1) == replay.records.labels
     assert first.metric == pytest.approx(right.sum().item() / 200)
+
+
+@pytest.mark.parametrize("config", [TWO, MULTI], ids=["two", "multi-label"])
+def test_an_exit_is_judged_on_the_rows_that_do_not_skip_its_layer(config):
+    records = replay_of(config).records
+    skipped = torch.rand(200, 2, generator=torch.Generator().manual_seed(1)) < 0.4
+    found = exit_qualities(ExitReplay(dataclasses.replace(records, skipped=skipped), config), SETTINGS, "accuracy")
+    own = (~skipped[:, 0]).numpy()
+    alone = exit_qualities(ExitReplay(records.select(own), config), SETTINGS, "accuracy")[0]
+    assert found[0].asked == pytest.approx(own.mean()) and found[1].asked == 1.0
+    share = found[0].share
+    assert found[0] == dataclasses.replace(alone, asked=found[0].asked, share=share)
+    assert share == pytest.approx(alone.share * own.mean()) and found[0].metric is not None
+    assert found[1].metric == exit_qualities(ExitReplay(records, config), SETTINGS, "accuracy")[1].metric
+
+
+def test_an_exit_that_nobody_is_asked_at_has_no_metric():
+    skipped = torch.tensor([[True, False]]).repeat(200, 1)
+    first, last = exit_qualities(
+        ExitReplay(dataclasses.replace(replay_of(TWO).records, skipped=skipped), TWO), SETTINGS, "accuracy"
+    )
+    assert (first.asked, first.metric, first.share, first.before, first.discrimination) == (0.0, None, 0.0, [], None)
+    assert last.asked == 1.0 and last.before
 
 
 def test_very_sure_answers_are_still_told_apart():

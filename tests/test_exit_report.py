@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import torch
 from datasets import disable_progress_bars
 
 from helpers import sentence_rows, tiny_config, tiny_model, word_tokenizer
-from hf_costeff import ExitConfig
+from hf_costeff import ExitConfig, promises
 from hf_costeff.cli import main
 from hf_costeff.exit_replay import ExitLogits
 from hf_costeff.exit_report import Chart, Heading, Paragraph, Table, to_html, to_markdown, write_exit_report
@@ -143,6 +144,34 @@ def test_regression_has_no_flips_and_no_damage(tmp_path):
     assert "Damage" not in text and "flip" not in text and "reliability" not in text
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_every_exit_of_a_gated_model_is_judged_on_the_rows_asked(drawn, tmp_path, request):
+    if drawn:
+        request.getfixturevalue("charts")
+    skipped = torch.zeros(40, 2, dtype=torch.bool)
+    skipped[::20, 0] = True  # the two rows that the first exit has wrong
+    for records, cells in (
+        (dataclasses.replace(records_of(), skipped=skipped), "| 1 | 95.0% | 1.0000 | 95.0% |"),
+        (dataclasses.replace(records_of(), skipped=torch.tensor([[True, False]] * 40)), "| 1 | 0.0% |  | 0.0% |"),
+    ):
+        config = config_of(skip_gates="linear")
+        text = write_exit_report(records, config, "accuracy", tmp_path, markdown=True).read_text()
+        assert cells in text and "| 2 | 100.0% | 1.0000 |" in text
+        assert "| exit after layer | rows asked | accuracy |" in text and "judged on the rows asked" in text
+    assert "rows asked" not in write_exit_report(records_of(), config_of(), "accuracy", tmp_path).read_text()
+
+
+def test_a_gated_regression_without_settings_is_reported_at_full_depth(tmp_path):
+    values = torch.arange(30.0)
+    logits, skipped = torch.stack([-values, values], 1).unsqueeze(-1), torch.tensor([[True, False]] * 30)
+    records = ExitLogits(logits, torch.full((30,), 8), values, skipped=skipped)
+    config = config_of(num_labels=1, id2label={0: "score"}, exit_config=None, skip_gates="linear")
+    text = write_exit_report(records, config, "spearman", tmp_path, markdown=True).read_text()
+    assert "spearman is 1.0000 at full depth and 1.0000 with early exit. A row runs 2.00 of 2 layers" in text
+    with pytest.raises(ValueError, match="The model has no exit settings"):
+        write_exit_report(records, config_of(num_labels=1, exit_config=None), "spearman", tmp_path)
+
+
 def test_without_matplotlib_the_page_has_no_charts(tmp_path):
     text = write_exit_report(records_of(), config_of(), "accuracy", tmp_path, texts=TEXTS).read_text()
     assert "<img" not in text and "Speed and accuracy" in text
@@ -211,3 +240,17 @@ def test_the_command_refuses_what_it_cannot_report_on(slim, tmp_path, capsys):
     tiny_model(num_labels=2).save_pretrained(slim)
     assert main(["report", slim, *files(slim), *out]) == 1
     assert "The model has no exit settings" in capsys.readouterr().err and not (tmp_path / "told").exists()
+
+
+def test_the_command_knows_that_a_gated_model_skips(slim, tmp_path, caplog):
+    calibration = {"skip_threshold": 0.5}
+    model = tiny_model(num_labels=2, skip_gates="linear", exit_pooling="mean")
+    model.config.exit_config = ExitConfig(threshold=1.0, calibration=calibration).to_dict()
+    model.save_pretrained(slim)
+    promises.logger.addHandler(caplog.handler)
+    promises.logger.warning_once.cache_clear()
+    try:
+        assert main(["report", slim, *files(slim), "--output_dir", str(tmp_path / "told")]) == 0
+    finally:
+        promises.logger.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if "skip threshold" in record.getMessage()]

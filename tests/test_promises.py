@@ -77,6 +77,28 @@ def test_a_threshold_of_ones_own_and_full_depth_promise_nothing(caplog):
     assert void(caplog) == 0
 
 
+@pytest.mark.parametrize(
+    ("calibration", "threshold", "said"),
+    [
+        ({"skip_threshold": 0.5}, 0.5, None),
+        ({"skip_threshold": 0.5}, 0.7, "chosen for a skip threshold of 0.5, and it is 0.7"),
+        ({"skip_threshold": 0.5}, None, "chosen for a skip threshold of 0.5, and it is None"),
+        ({"disagreement": 0.0}, 0.5, None),
+        ({"skip_threshold": 0.5, "promise": {}}, 0.7, "promised for a skip threshold of 0.5, and it is 0.7"),
+        ({"promise": {}}, 0.7, "promised for a skip threshold of None, and it is 0.7"),
+        ({"promise": {}}, None, None),
+    ],
+)
+def test_settings_for_other_paths_are_told_promised_or_not(calibration, threshold, said, caplog):
+    model = nn.Linear(2, 2)
+    if "promise" in calibration:
+        calibration["promise"]["fingerprint"] = weights_fingerprint(model)
+    warn_if_void(model, calibration, threshold)
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == (said is not None) and all(said in text for text in found)
+    assert void(caplog) == (said is not None and "promise" in calibration)
+
+
 def test_weights_are_read_again_only_after_a_change(monkeypatch):
     model, read = promising_model(), []
     monkeypatch.setattr("hf_costeff.promises.weights_fingerprint", lambda model: read.append(model) or "same")

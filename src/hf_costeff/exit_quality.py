@@ -41,11 +41,14 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class ExitQuality:
-    """One exit, on labelled rows. What needs probabilities is `None` or empty for regression.
+    """One exit, on the labelled rows that it is asked about: not those that skip its layer, but for the last exit.
+
+    What needs probabilities is `None` or empty for regression, and everything where no row is asked.
 
     Args:
         layer: 1-based layer after which it stands.
-        metric: The task metric if all rows left here.
+        asked: Share of the rows that it is asked about, if none leave before.
+        metric: The task metric if all these rows left here.
         share: Share of the rows that leave here under the exit settings.
         before: Reliability at temperature 1, least confident first.
         after: Reliability at the temperature of the exit settings.
@@ -54,7 +57,8 @@ class ExitQuality:
     """
 
     layer: int
-    metric: float
+    asked: float
+    metric: float | None
     share: float
     before: list[ReliabilityBin]
     after: list[ReliabilityBin]
@@ -121,17 +125,18 @@ def exit_qualities(replay: ExitReplay, settings: ExitConfig, metric: str) -> lis
     temperatures = spread("temperatures", settings.temperatures, len(layers))
     found = []
     for exit, (layer, temperature) in enumerate(zip(layers, temperatures, strict=True)):
-        logits = records.logits[:, exit]
-        value = METRICS[replay.problem_type][metric](logits.numpy(), labels)
-        if replay.problem_type == REGRESSION:
-            found.append(ExitQuality(layer, value, shares[exit], [], [], None))
+        own = replay.askable[:, exit]
+        logits, truth = records.logits[own, exit], labels[own]
+        value = METRICS[replay.problem_type][metric](logits.numpy(), truth) if own.any() else None
+        if replay.problem_type == REGRESSION or value is None:
+            found.append(ExitQuality(layer, float(own.mean()), value, shares[exit], [], [], None))
             continue
         (before, right, _), (after, _, _) = (
-            _decisions(scaled, labels, replay.problem_type) for scaled in (logits, logits / temperature)
+            _decisions(scaled, truth, replay.problem_type) for scaled in (logits, logits / temperature)
         )
-        area = difficulty_inversion_score(logits / temperature, labels, replay.problem_type)
+        area = difficulty_inversion_score(logits / temperature, truth, replay.problem_type)
         bins = [reliability(confidence, right) for confidence in (before, after)]
-        found.append(ExitQuality(layer, value, shares[exit], bins[0], bins[1], area))
+        found.append(ExitQuality(layer, float(own.mean()), value, shares[exit], bins[0], bins[1], area))
     return found
 
 

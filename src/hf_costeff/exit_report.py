@@ -103,9 +103,20 @@ def write_exit_report(
     return page
 
 
+def settings_to_report(config: CostEffConfig) -> ExitConfig:
+    """The stored exit settings; full depth for a gated regression model without any, for which none can be chosen.
+
+    Raises:
+        ValueError: If there are none and some could be chosen.
+    """
+    if config.exit_config is None and config.skip_gates is not None and config.resolved_problem_type == REGRESSION:
+        return ExitConfig("patience", patience=0, checked_exits=[])
+    return stored_settings(config)
+
+
 def _blocks(replay: ExitReplay, metric: str, folder: Path, texts: Sequence[str] | None) -> Iterator[Block]:
     config, records = replay.config, replay.records
-    settings = stored_settings(config)
+    settings = settings_to_report(config)
     chosen, full = replay.outcome(settings, metric), replay.full_depth.metric(metric)
     qualities = exit_qualities(replay, settings, metric)
     yield Heading("Who pays for early exit")
@@ -118,13 +129,18 @@ def _blocks(replay: ExitReplay, metric: str, folder: Path, texts: Sequence[str] 
     if skipping := diagnose_skipping(records, config):
         yield from _skipping(skipping, folder)
     yield Heading("Exit by exit")
-    yield _exit_table(qualities, metric)
+    yield _exit_table(qualities, metric, skips=records.skipped is not None)
     yield Paragraph(
         f"{metric} if all rows left at the exit, and the share that does. The calibration error is the mean gap "
         "between confidence and the share that is right, before and after the temperatures. Discrimination is the "
         "chance that a right answer is more confident than a wrong one: 0.5 is no better than a coin."
     )
-    if qualities[0].before and draw_reliability_chart(folder / "reliability.png", qualities):
+    if records.skipped is not None:
+        yield Paragraph(
+            "A row that skips a layer is not asked at the exit behind it. Each exit is judged on the rows asked, if "
+            "none leave before; the last on all. The share that leaves is one of all rows."
+        )
+    if qualities[-1].before and draw_reliability_chart(folder / "reliability.png", qualities):
         yield Chart("reliability.png", "Confidence against the share that is right, exit by exit")
     yield Heading("Speed and accuracy")
     curve = curve_with_bands(replay, curve_settings(records, config), metric)
@@ -165,14 +181,16 @@ def _skipping(skipping: SkipDiagnostics, folder: Path) -> Iterator[Block]:
     yield Table(("layers run", "share of rows"), paths)
 
 
-def _exit_table(qualities: Sequence[ExitQuality], metric: str) -> Table:
+def _exit_table(qualities: Sequence[ExitQuality], metric: str, skips: bool) -> Table:
     rows = []
     for quality in qualities:
         gaps = [f"{expected_calibration_error(bins):.3f}" if bins else "" for bins in (quality.before, quality.after)]
         area = "" if quality.discrimination is None else f"{quality.discrimination:.3f}"
-        rows.append((str(quality.layer), f"{quality.metric:.4f}", f"{quality.share:.1%}", *gaps, area))
-    names = ("exit after layer", metric, "share of rows", "calibration error", "after temperatures", "discrimination")
-    return Table(names, rows)
+        asked = [f"{quality.asked:.1%}"] if skips else []
+        value = "" if quality.metric is None else f"{quality.metric:.4f}"
+        rows.append((str(quality.layer), *asked, value, f"{quality.share:.1%}", *gaps, area))
+    names = (metric, "share of rows", "calibration error", "after temperatures", "discrimination")
+    return Table(("exit after layer", *(["rows asked"] if skips else []), *names), rows)
 
 
 def _damage(replay: ExitReplay, settings: ExitConfig) -> Iterator[Block]:

@@ -28,22 +28,24 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def warn_if_void(model: nn.Module, calibration: dict[str, Any] | None, skip_threshold: float | None = None) -> None:
-    """Warn once when the promise in a calibration record is for other weights than the model's, or other paths.
+    """Warn once when exit settings were calibrated for other paths, or promised for other weights, than the model's.
 
     Args:
         model: The model that answers. Weights are read again only after they were replaced or written to.
-        calibration: `ExitConfig.calibration`; nothing happens without a promise that names its weights.
+        calibration: `ExitConfig.calibration`. Weights matter to a promise alone; paths also where rows skipped layers.
         skip_threshold: At which probability rows skip layers; `None` where none is skipped.
     """
-    promised = ((calibration or {}).get("promise") or {}).get("fingerprint")
+    seen = calibration or {}
+    promised = (seen.get("promise") or {}).get("fingerprint")
+    chosen_for = seen.get("skip_threshold", None if promised else skip_threshold)
+    if chosen_for != skip_threshold:
+        done, void = ("promised", " The promise is void.") if promised else ("chosen", "")
+        logger.warning_once(
+            f"The exit settings were {done} for a skip threshold of {chosen_for}, and it is {skip_threshold} (None: no "
+            f"layer is skipped).{void} Run `hf-costeff calibrate` again."
+        )
     if promised is None:
         return
-    promised_for = (calibration or {}).get("skip_threshold")
-    if promised_for != skip_threshold:
-        logger.warning_once(
-            f"The exit settings were promised for a skip threshold of {promised_for}, and it is {skip_threshold} "
-            "(None: no layer is skipped). The promise is void. Run `hf-costeff calibrate` again."
-        )
     state = [(name, p.data_ptr(), 0 if p.is_inference() else p._version) for name, p in model.named_parameters()]
     known, found = getattr(model, "_known_fingerprint", (None, ""))
     if known != state:

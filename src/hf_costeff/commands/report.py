@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ..data import SplitArguments, make_collator, prepare_split
 from ..evaluation import collect_exit_logits
-from ..exit_replay import stored_settings
-from ..exit_report import write_exit_report
+from ..exit_report import settings_to_report, write_exit_report
 from ..metrics import check_metric, default_metric
 from ..promises import warn_if_void
 from .command import Command, load_slim
@@ -43,8 +42,9 @@ def run(wanted: ReportArguments, data: SplitArguments) -> str:
     if split is None:
         raise ValueError("No rows to report on are named. Give --split or --validation_file.")
     model, tokenizer = load_slim(wanted.model)
-    settings = stored_settings(model.config)  # before the model runs over all rows
-    warn_if_void(model.costeff, settings.calibration)
+    settings = settings_to_report(model.config)  # before the model runs over all rows
+    gated = model.config.skip_gates is not None
+    warn_if_void(model.costeff, settings.calibration, model.config.skip_threshold if gated else None)
     metric = wanted.metric or default_metric(model.config.resolved_problem_type)
     check_metric(metric, model.config.resolved_problem_type)
     rows = prepare_split(data, split, tokenizer, config=model.config, max_positions=model.config.longest_text)
