@@ -102,7 +102,7 @@ def test_an_adapter_of_a_gated_model_comes_back_with_the_modules_it_was_told_to_
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert not [name for name in frozen if (".exits." in name or ".gates." in name) and "original_module" not in name]
     with torch.no_grad():  # what training might do
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     expected = model.eval()(**INPUTS)

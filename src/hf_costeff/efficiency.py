@@ -291,8 +291,8 @@ def mean_flops(
         )
     if skipped_layers is not None and skipped_layers.shape != (len(layers), config.num_hidden_layers):
         raise ValueError(
-            f"`skipped_layers` has shape {tuple(skipped_layers.shape)}. It must be {(len(layers), config.num_hidden_layers)}:"
-            " one entry per row and layer, as `predict` returns it."
+            f"`skipped_layers` has shape {tuple(skipped_layers.shape)}. It must be "
+            f"{(len(layers), config.num_hidden_layers)}: one entry per row and layer, as `predict` returns it."
         )
     paths = [None] * len(layers) if skipped_layers is None else map(_layers_marked, skipped_layers.tolist())
     rows = Counter(zip(layers.tolist(), lengths.tolist(), paths, strict=True))
