@@ -296,6 +296,14 @@ def test_the_command_prints_the_table_and_stores_the_exits(folders, tmp_path, ca
     assert "checked_exits" in json.loads((tmp_path / "slim" / "config.json").read_text())["exit_config"]
 
 
+def test_the_commands_own_lengths_are_those_that_the_model_takes(folders, tmp_path):
+    at = folders.index("--lengths")
+    words = ["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "out")]
+    assert main(["benchmark", *folders[:at], *folders[at + 2 :], *words]) == 0
+    found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert {row["length"] for row in found["measurements"]} == {0}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [([], "Give --teacher, or --choose_exits"), (["--choose_exits", "--threads", "0"], "`--threads`")],

@@ -18,7 +18,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from helpers import random_batch, tiny_model
+from helpers import random_batch, tiny_bert, tiny_model
 from hf_costeff.conversion import (
     SUPPORTED_FAMILIES,
     convert_config,
@@ -166,6 +166,11 @@ def test_settings_and_labels_are_carried_over() -> None:
     assert (config.attention_head_size, config.embedding_rank) == (8, None)
     assert config.exit_layers == [2]
     assert config.position_offset == 0
+
+
+def test_only_a_multi_exit_model_is_made_stock() -> None:
+    with pytest.raises(ValueError, match="BertForSequenceClassification is no multi-exit model"):
+        convert_to_stock(tiny_bert())
 
 
 def test_label_indices_follow_from_the_names_where_the_stock_config_lacks_them() -> None:

@@ -162,6 +162,13 @@ def test_the_folder_works_where_neither_torch_nor_this_package_is(model, folder,
     assert run.stdout == f"{expected}\n", run.stderr
 
 
+def test_the_runner_ends_quietly_where_nobody_reads_on(folder):
+    command = f"yes a film | head -3000 | {sys.executable} runner.py | head -1; echo ${{PIPESTATUS[2]}}"
+    found = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    answer, status = found.stdout.splitlines()
+    assert "label" in json.loads(answer) and (status, found.stderr) == ("141", "")
+
+
 def test_the_model_is_left_as_it_was(tmp_path):
     own = slim().train().to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in own.state_dict().items()}

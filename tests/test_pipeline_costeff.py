@@ -80,9 +80,17 @@ def test_early_exit_is_taken_in_the_call_and_when_the_pipeline_is_made(classify,
         check(made(text, early_exit=None)[0], predicted(model, text), model)
 
 
-def test_pairs_are_dicts_as_upstream(classify, model):
-    answer = classify({"text": TEXTS[0], "text_pair": TEXTS[1]})
-    check(answer, predicted(model, TEXTS[0], TEXTS[1]), model)
+def test_pairs_are_dicts_as_upstream_or_tuples(classify, model):
+    for pair in ({"text": TEXTS[0], "text_pair": TEXTS[1]}, (TEXTS[0], TEXTS[1])):
+        for answer in (classify(pair), classify([pair])[0]):
+            check(answer, predicted(model, TEXTS[0], TEXTS[1]), model)
+
+
+def test_what_is_no_pair_and_a_model_without_exits_are_refused(classify):
+    with pytest.raises(ValueError, match=r"a tuple of 3: .*A pair of texts has two"):
+        classify([("a", "b", "c")])
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification has no exits .*text-classification"):
+        pipeline("costeff-classification", model=tiny_bert(), tokenizer=word_tokenizer(), device="cpu")
 
 
 def test_with_top_k_every_label_carries_the_exit_layer(classify, model):

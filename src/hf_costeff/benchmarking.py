@@ -182,7 +182,10 @@ def benchmark(
     grid = grid or BenchmarkGrid()
     longest = min(model.config.longest_text, convert_config(teacher.config).longest_text)
     if max(grid.lengths) > longest:
-        raise ValueError(f"`lengths` has {max(grid.lengths)} tokens, and the models take {longest}.")
+        raise ValueError(
+            f"`lengths` has {max(grid.lengths)} tokens, and the models take {longest}. Leave out what is longer; 0 "
+            "stands for the rows' own lengths."
+        )
     found: list[Measurement] = []
     placed: tuple[Any, ...] = ()
     contenders: list[Contender] = []

@@ -392,6 +392,8 @@ def convert_to_stock(model: CostEffForSequenceClassification) -> PreTrainedModel
             hidden size, or the model is packed or has gates.
     """
     config = model.config
+    if not isinstance(config, CostEffConfig):
+        raise ValueError(f"{type(model).__name__} is no multi-exit model; it may be stock already.")
     require_unpacked(config, "A stock model")
     require_no_gates(config, "Becoming a stock model")
     if config.exit_head != "linear":

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -551,7 +552,7 @@ def main(words: Sequence[str] | None = None) -> int:
         words: Command line; `None` takes the program's.
 
     Returns:
-        Exit status: 0, or 1 after an error.
+        Exit status: 0, 1 after an error, or 141 where nobody reads the answers any more.
     """
     parser = argparse.ArgumentParser(description="Answer texts with an exported classifier that leaves early.")
     parser.add_argument("texts", nargs="*", help="Texts. Default: the lines of the standard input.")
@@ -566,6 +567,10 @@ def main(words: Sequence[str] | None = None) -> int:
         texts = [tuple(line.split("\t")) if given.pairs else line for line in lines]
         for answer in runner.predict(texts, given.early_exit, batch_size=given.batch_size):
             sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 141
     except (ValueError, TypeError) as error:
         sys.stderr.write(f"runner: {error}\n")
         return 1

@@ -24,6 +24,22 @@ class CostEffClassificationPipeline(TextClassificationPipeline):
     after the exit's temperature; a `function_to_apply` is applied to the raw logits.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "predict"):
+            raise ValueError(
+                f"{type(self.model).__name__} has no exits to leave at. Take a model of this package, or "
+                "pipeline('text-classification')."
+            )
+
+    def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> dict[str, Tensor]:
+        """As upstream's; a tuple of two texts is a pair, which upstream would take for two texts and answer one of."""
+        if isinstance(inputs, tuple):
+            if len(inputs) != 2:
+                raise ValueError(f"A row is a tuple of {len(inputs)}: {inputs!r}. A pair of texts has two.")
+            inputs = dict(zip(("text", "text_pair"), inputs, strict=True))
+        return super().preprocess(inputs, **tokenizer_kwargs)
+
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         exits = {name: parameters.pop(name) for name in ("early_exit", "skip_layers") if name in parameters}
         preprocess, forward, postprocess = super()._sanitize_parameters(**parameters)

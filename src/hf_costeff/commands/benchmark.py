@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from ..benchmark_report import write_benchmark
@@ -26,8 +27,11 @@ class BenchmarkArguments:
     output_dir: str = field(default="benchmark", metadata={"help": "Folder for benchmark.json and the charts."})
     devices: list[str] = field(default_factory=lambda: ["cpu"], metadata={"help": "As torch names them, e.g. cuda."})
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32, 128], metadata={"help": "Rows run together."})
-    lengths: list[int] = field(
-        default_factory=lambda: [0, 32, 128], metadata={"help": "Tokens per row; 0: the rows' own lengths."}
+    lengths: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per row; 0: the rows' own lengths. Default: 0, 32 and 128, as far as the model takes them."
+        },
     )
     threads: list[int] = field(default_factory=lambda: [1], metadata={"help": "CPU threads."})
     precisions: list[str] = field(
@@ -49,9 +53,9 @@ class BenchmarkArguments:
 
     def grid(self) -> BenchmarkGrid:
         """The settings to measure."""
-        return BenchmarkGrid(
-            self.devices, self.batch_sizes, self.lengths, self.threads, self.precisions, self.rows, self.rounds
-        )
+        names = ("devices", "batch_sizes", "lengths", "threads", "precisions", "rows", "rounds")
+        given = {name: getattr(self, name) for name in names}
+        return BenchmarkGrid(**{name: value for name, value in given.items() if value is not None})
 
 
 def run(wanted: BenchmarkArguments, data: SplitArguments) -> str:
@@ -60,6 +64,8 @@ def run(wanted: BenchmarkArguments, data: SplitArguments) -> str:
     folder = writable_folder(wanted.model, None) if wanted.choose_exits else ""
     model, tokenizer = load_slim(wanted.model)
     positions = model.config.longest_text
+    if wanted.lengths is None:
+        grid = dataclasses.replace(grid, lengths=[length for length in grid.lengths if length <= positions])
     rows = prepare_split(
         data, wanted.split, tokenizer, config=model.config, max_positions=positions, require_labels=False
     )
