@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import hf_costeff.compression
+import hf_costeff.staged_run
 from helpers import sentence_rows, tiny_bert, word_tokenizer
 from hf_costeff import CostEffForSequenceClassification, compress
 from hf_costeff.columns import Columns
@@ -321,7 +322,7 @@ def test_a_finished_run_is_not_repeated_and_takes_another_goal_without_training(
     before = state_of(finished.model_path)
     with pytest.MonkeyPatch.context() as patch:
         trained, said = watch_stages(patch), []
-        patch.setattr(hf_costeff.compression.logger, "warning", said.append)
+        patch.setattr(hf_costeff.staged_run.logger, "warning", said.append)
         again = compress(teacher, make_data(), finished.model_path, compression=2, target_speedup=0.5, **SPLIT)
     assert trained == []
     assert said == [f"Going on in {finished.model_path}; done before: {', '.join(STAGES)}."]

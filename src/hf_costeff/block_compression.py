@@ -13,29 +13,28 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from .block_pruning import EMBEDDINGS, BlockMasks, BlockShape, prune_blocks, zero_blocks
 from .block_training import BlockPenalty, MaskedTraining, Regularizer
 from .checkpoints import load_classifier, load_tokenizer
 from .checksums import fingerprint, fingerprint_of
 from .conversion import convert_from_stock
-from .data import DataArguments, make_collator, prepare_data
-from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
+from .data import DataArguments, prepare_data
 from .efficiency import count_parameters, measure_alternating
 from .evaluation import collect_exit_logits
 from .mask_files import load_masks, save_masks
-from .metrics import check_metric, compute_metrics, default_metric
+from .metrics import compute_metrics
 from .modeling_costeff import CostEffForSequenceClassification
 from .packed_linear import DENSE
 from .packing import choose_layouts, pack, packed_linears
 from .recipes import Phase
 from .report import describe_hardware
-from .stages import StageStore
+from .staged_run import Stage, StagedRun
 from .trainer import CostEffTrainer
 from .training_args import CostEffTrainingArguments
 
@@ -154,49 +153,43 @@ def block_prune(
     return BlockPruning(arguments, data).run()
 
 
-class BlockPruning:
-    """One run. [`block_prune`] is the way in; the class keeps what the stages share."""
+class BlockPruning(StagedRun):
+    """One run. [`block_prune`] is the way in."""
 
     def __init__(
         self, arguments: BlockPruningArguments, data: DataArguments | datasets.Dataset | datasets.DatasetDict
     ) -> None:
         """Load the model and the rows, and prune once as a trial, so that what cannot work is known before training."""
+        super().__init__(arguments.output_dir, arguments.seed)
         self.arguments = arguments
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = bf16_pays(self.device)
-        self.given = self._load(arguments.model)
-        self.teacher = None if arguments.teacher is None else self._load(arguments.teacher)
+        self.given = self._classifier(arguments.model)
+        self.teacher = None if arguments.teacher is None else self._classifier(arguments.teacher)
         self.start = self.given
         if not isinstance(self.given, CostEffForSequenceClassification):
             torch.manual_seed(arguments.seed)
             self.start = convert_from_stock(self.given, exit_layers=[self.given.config.num_hidden_layers])
         self._prune(self.start)
-        self.tokenizer = load_tokenizer(arguments.model)
-        self.data = prepare_data(
+        tokenizer = load_tokenizer(arguments.model)
+        rows = prepare_data(
             data,
-            self.tokenizer,
+            tokenizer,
             arguments=data if isinstance(data, DataArguments) else None,
             teacher_config=self.given.config,
             max_positions=self.start.config.longest_text,
         )
-        self.collator = make_collator(self.tokenizer)
-        self.metric = arguments.metric or default_metric(self.data.problem_type)
-        check_metric(self.metric, self.data.problem_type)
+        self._take_rows(rows, tokenizer, arguments.metric)
 
     def run(self) -> BlockPruningResult:
         """Go through the stages that are not done yet, then pack and report."""
-        arguments = self.arguments
-        self.store = StageStore(arguments.output_dir, self._settings())
-        self._stage("penalty", self._penalise)
-        key = fingerprint(repr(getattr(arguments, name)) for name in PRUNING)[:8]
+        key = fingerprint(repr(getattr(self.arguments, name)) for name in PRUNING)[:8]
         prune, retrain = f"prune-{key}", f"retrain-{key}"
-        if not self.store.is_finished(prune):
-            masks = self._prune(self._finished("penalty"))
-            record = {"compression": masks.compression, **{name: getattr(arguments, name) for name in PRUNING}}
-            self.store.finish(prune, lambda folder: save_masks(masks, folder / MASKS), record)
-        masks = load_masks(self.store.files(prune) / MASKS)
-        self._stage(retrain, lambda stage: self._retrain(stage, masks))
-        return self._report(self._finished(retrain), masks)
+        stages = [
+            Stage.of_model("penalty", self._penalise),
+            Stage(prune, self._choose_blocks),
+            Stage.of_model(retrain, lambda: self._retrain(retrain, self._masks(prune))),
+        ]
+        self._go_through(stages, self._settings())
+        return self._report(self._load(retrain), self._masks(prune))
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.arguments)
@@ -205,22 +198,11 @@ class BlockPruning:
         return {
             **settings,
             "model_fingerprint": fingerprint_of(self.given),
-            "data_fingerprint": fingerprint(repr(row) for split in self.data.raw.values() for row in split),
+            "data_fingerprint": self.data.fingerprint(),
         }
 
-    def _load(self, name: str) -> PreTrainedModel:
-        return prepared(load_classifier(name, dtype=torch.float32), self.device, self.bf16)
-
-    def _finished(self, stage: str) -> CostEffForSequenceClassification:
-        files = self.store.files(stage)
-        model = CostEffForSequenceClassification.from_pretrained(files, dtype=torch.float32)
-        return cast(CostEffForSequenceClassification, prepared(model, self.device, self.bf16))
-
-    def _stage(self, name: str, run: Callable[[str], tuple[PreTrainedModel, dict[str, Any]]]) -> None:
-        if not self.store.is_finished(name):
-            set_seed(self.arguments.seed)
-            model, record = run(name)
-            self.store.finish(name, model.save_pretrained, record)
+    def _classifier(self, name: str) -> PreTrainedModel:
+        return self._prepared(load_classifier(name, dtype=torch.float32))
 
     def _prune(self, model: Any) -> BlockMasks:
         wanted = self.arguments
@@ -234,7 +216,15 @@ class BlockPruning:
             allow_empty=wanted.allow_empty,
         )
 
-    def _penalise(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def _choose_blocks(self) -> tuple[Callable[[Path], Any], dict[str, Any]]:
+        masks = self._prune(self._load("penalty"))
+        record = {"compression": masks.compression, **{name: getattr(self.arguments, name) for name in PRUNING}}
+        return lambda folder: save_masks(masks, folder / MASKS), record
+
+    def _masks(self, stage: str) -> BlockMasks:
+        return load_masks(self.store.files(stage) / MASKS)
+
+    def _penalise(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         wanted = self.arguments
         penalty = BlockPenalty(
             wanted.blocks(),
@@ -244,13 +234,11 @@ class BlockPruning:
             proximal=wanted.proximal,
             embeddings=wanted.embeddings,
         )
-        return self._train(stage, self.start, Phase(wanted.penalty_epochs, wanted.learning_rate), penalty)
+        return self._train("penalty", self.start, Phase(wanted.penalty_epochs, wanted.learning_rate), penalty)
 
     def _retrain(self, stage: str, masks: BlockMasks) -> tuple[PreTrainedModel, dict[str, Any]]:
         phase = Phase(self.arguments.retrain_epochs, self.arguments.retrain_learning_rate)
-        return self._train(
-            stage, zero_blocks(self._finished("penalty"), masks), phase, MaskedTraining(masks), best=True
-        )
+        return self._train(stage, zero_blocks(self._load("penalty"), masks), phase, MaskedTraining(masks), best=True)
 
     def _train(
         self, stage: str, model: Any, phase: Phase, regularizer: Regularizer, best: bool = False
@@ -258,16 +246,12 @@ class BlockPruning:
         if not phase.steps(len(self.data.train), self.arguments.batch_size):
             return model, {"steps": 0}
         same_width = self.teacher is not None and self.teacher.config.hidden_size == model.config.hidden_size
-        arguments = stage_arguments(
+        arguments = self._training_arguments(
             CostEffTrainingArguments,
-            str(self.store.working_dir(stage)),
+            stage,
             phase,
-            len(self.data.train),
             batch_size=self.arguments.batch_size,
             best_by=f"mean_exit_{self.metric}" if best else None,
-            device=self.device,
-            bf16=self.bf16,
-            seed=self.arguments.seed,
             representation_weight=float(same_width),
         )
         trainer = CostEffTrainer(
@@ -280,16 +264,14 @@ class BlockPruning:
             data_collator=self.collator,
             processing_class=self.tokenizer,
         )
-        log_to_stderr(trainer)
-        trainer.train(resume_from_checkpoint=True)
-        return trainer.model, {"steps": trainer.state.global_step, "log": trainer.state.log_history}
+        return self._run_trainer(trainer)
 
     def _metrics(self, model: PreTrainedModel, name: str) -> dict[str, float]:
         logits = collect_exit_logits(model, self.data.validation, self.collator, description=f"Validating the {name}")
         return compute_metrics(logits.logits[:, -1].numpy(), logits.known_labels(), self.data.problem_type)
 
-    def _report(self, trained: CostEffForSequenceClassification, masks: BlockMasks) -> BlockPruningResult:
-        folder = Path(self.arguments.output_dir)
+    def _report(self, trained: PreTrainedModel, masks: BlockMasks) -> BlockPruningResult:
+        folder = self.output_dir
         trained.set_attn_implementation("sdpa")
         packed = pack(trained, masks)
         measured = choose_layouts(packed)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,24 +17,22 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
-    set_seed,
 )
 from transformers.utils import logging
 
 from .calibration import exit_curve
 from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
-from .checksums import fingerprint, fingerprint_of
+from .checksums import fingerprint_of
 from .compression_args import CompressionArguments, CompressionPlan
 from .conversion import check_same_shape, convert_config, convert_from_stock
-from .data import DataArguments, PreparedData, class_weights, make_collator, prepare_data
-from .distillation import bf16_pays, importance_against, log_to_stderr, prepared, random_batches, stage_arguments
+from .data import DataArguments, PreparedData, class_weights, prepare_data
+from .distillation import importance_against, random_batches
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     checkpoint_bytes,
@@ -46,13 +42,12 @@ from .efficiency import (
     parameter_count,
     stock_flops,
 )
-from .evaluation import Contender, calibrate, collect_exit_logits, report_rows, row_keys
+from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
 from .exit_replay import ExitReplay
 from .group_outcomes import class_outcomes
 from .hub import push_folder
 from .importance import compute_importance
-from .metrics import check_metric, default_metric
 from .model_card import write_model_card
 from .recipes import RECIPES, Phase, Recipe
 from .report import CompressionResult, describe_hardware, write_report
@@ -65,8 +60,8 @@ from .slenderization import (
     slenderize,
     solve_widths,
 )
-from .stages import StageStore
-from .trainer import CostEffTrainer, ResumableTrainer, Teacher, TeacherTrainer
+from .staged_run import Stage, StagedRun
+from .trainer import CostEffTrainer, Teacher, TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -122,21 +117,8 @@ def compress(
     ).run()
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A named piece of the recipe.
-
-    Args:
-        name: Of its folder.
-        run: Makes a model and a record of what happened.
-    """
-
-    name: str
-    run: Callable[[], tuple[PreTrainedModel, dict[str, Any]]]
-
-
-class Compression:
-    """One run of the recipe. [`compress`] is the way in; the class keeps what the stages share."""
+class Compression(StagedRun):
+    """One run of the recipe. [`compress`] is the way in."""
 
     def __init__(
         self,
@@ -151,6 +133,7 @@ class Compression:
         Raises:
             ValueError: If the teacher's architecture is not supported, or `pretrained` is of another shape.
         """
+        super().__init__(arguments.output_dir, arguments.seed, arguments.precision)
         self.arguments = arguments
         self.data_arguments = data_arguments
         self.dataset = dataset
@@ -160,8 +143,6 @@ class Compression:
         self.full_config = convert_config(self.teacher_config, exit_layers=arguments.exit_layers)
         if arguments.pretrained is not None:
             check_same_shape(load_config(arguments.pretrained), self.teacher_config)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = {"auto": bf16_pays(self.device), "fp32": False, "bf16": True}[arguments.precision]
 
     # The plan
 
@@ -197,17 +178,12 @@ class Compression:
 
     def run(self) -> CompressionResult:
         """Go through the stages that are not done yet, then report."""
-        self.tokenizer = self._load_tokenizer()
+        tokenizer = self._load_tokenizer()
         loaded_teacher = self._load_given_teacher()
-        self.data = self._prepare_data(loaded_teacher)
-        self.metric = self.arguments.metric or default_metric(self.data.problem_type)
-        check_metric(self.metric, self.data.problem_type)
-        if self.metric == "mse":
-            raise ValueError("`metric` is 'mse', which falls as models improve. Choose by spearman or pearson.")
-        self.collator = make_collator(self.tokenizer)
+        self._take_rows(self._prepare_data(loaded_teacher, tokenizer), tokenizer, self.arguments.metric)
         self.calibration = self._label_calibration(loaded_teacher)
-        self._set_labels(self.teacher_config)
-        self._set_labels(self.full_config)
+        self.data.label(self.teacher_config)
+        self.data.label(self.full_config)
         plan = self.plan()
         self._check_reachable(plan)
         if self.arguments.pretrained is not None:
@@ -216,28 +192,16 @@ class Compression:
             len(self.data.train), max(plan.widths.num_attention_heads), self.data.num_labels
         )
         stages = list(self._stages(plan.widths, loaded_teacher))
-        self.store = StageStore(self.arguments.output_dir, self._settings())
-        self.train_keys = row_keys(self.data.train, ["input_ids"])
-        self.store.keep_train_keys(self.train_keys)
-        if finished := [stage.name for stage in stages if self.store.is_finished(stage.name)]:
-            logger.warning(f"Going on in {self.arguments.output_dir}; done before: {', '.join(finished)}.")
-        for stage in (bar := tqdm(stages, desc="Stages")):
-            bar.set_postfix_str(stage.name)
-            if not self.store.is_finished(stage.name):
-                set_seed(self.arguments.seed)
-                started = time.monotonic()
-                model, record = stage.run()
-                record = {**record, "seconds": round(time.monotonic() - started, 1)}
-                self.store.finish(stage.name, model.save_pretrained, record)
+        self._go_through(stages, self._settings())
         return self._report(plan, stages, loaded_teacher)
 
-    def _prepare_data(self, loaded_teacher: PreTrainedModel | None) -> PreparedData:
+    def _prepare_data(self, loaded_teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         """The splits, with the labels of the teacher; a teacher without a head has none, so the data's own count."""
         source = self.data_arguments if self.dataset is None else self.dataset
         longest = self.full_config.longest_text
         return prepare_data(
             source,
-            self.tokenizer,
+            tokenizer,
             teacher_config=None if loaded_teacher is None else self.teacher_config,
             max_positions=longest,
             arguments=self.data_arguments,
@@ -255,16 +219,8 @@ class Compression:
             "teacher": _resolved(arguments["teacher"]),
             "pretrained": _resolved(arguments["pretrained"]),
             "teacher_fingerprint": self.teacher_fingerprint,
-            "data_fingerprint": fingerprint(repr(row) for split in self.data.raw.values() for row in split),
+            "data_fingerprint": self.data.fingerprint(),
         }
-
-    def _set_labels(self, config: Any) -> None:
-        if self.data.label_names is not None:
-            config.id2label = dict(enumerate(self.data.label_names))
-            config.label2id = {name: index for index, name in enumerate(self.data.label_names)}
-        else:
-            config.num_labels = self.data.num_labels
-        config.problem_type = self.data.problem_type
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.processing_class is not None:
@@ -311,7 +267,7 @@ class Compression:
 
     def _stages(self, target: Widths, loaded_teacher: PreTrainedModel | None) -> Iterator[Stage]:
         if loaded_teacher is None:
-            yield Stage("teacher", self._fine_tune_teacher)
+            yield Stage.of_model("teacher", self._fine_tune_teacher)
 
         def teacher() -> PreTrainedModel:
             return loaded_teacher if loaded_teacher is not None else self._load("teacher")
@@ -319,18 +275,18 @@ class Compression:
         latest = None
         if self.recipe.assistant_representation.epochs:
             latest = "assistant-representation"
-            yield Stage(latest, lambda: self._imitate_representations(teacher()))
+            yield Stage.of_model(latest, lambda: self._imitate_representations(teacher()))
         start = latest
-        yield Stage("assistant", lambda: self._train_assistant(teacher(), start))
+        yield Stage.of_model("assistant", lambda: self._train_assistant(teacher(), start))
         events = self.arguments.events if self.arguments.events is not None else self.recipe.events
         latest = "assistant"
         for number, widths in enumerate(iterative_schedule(self.full_config, target, events), start=1):
             name = f"slenderize-{number:02d}"
-            yield Stage(name, partial(self._event, name, latest, number, widths))
+            yield Stage.of_model(name, partial(self._event, name, latest, number, widths))
             latest = name
         last_event = latest
         if self.recipe.representation.epochs:
-            yield Stage(
+            yield Stage.of_model(
                 "representation",
                 lambda: self._recover("representation", last_event, self.recipe.representation, soft_label_weight=0.0),
             )
@@ -338,7 +294,7 @@ class Compression:
         before_prediction = latest
         rate = self.arguments.token_replacement_rate
         changes = {"token_replacement_rate": self.recipe.token_replacement_rate if rate is None else rate}
-        yield Stage(
+        yield Stage.of_model(
             "prediction",
             lambda: self._recover("prediction", before_prediction, self.recipe.prediction, **changes),
         )
@@ -349,7 +305,9 @@ class Compression:
         model, _ = load_unfinished_classifier(self.arguments.teacher, config=self.teacher_config, dtype=torch.float32)
         trainer = TeacherTrainer(
             self._prepared(model),
-            self._training_arguments(TrainingArguments, "teacher", self.recipe.teacher, best_by=self.metric),
+            self._training_arguments(
+                TrainingArguments, "teacher", self.recipe.teacher, batch_size=self._batch_size, best_by=self.metric
+            ),
             class_weights=self._class_weights(),
             train_dataset=self.data.train,
             eval_dataset=self.calibration,
@@ -396,7 +354,7 @@ class Compression:
                 self.data.train,
                 self.collator,
                 rows=recipe.importance_rows,
-                batch_size=self.arguments.batch_size or recipe.batch_size,
+                batch_size=self._batch_size,
                 device=self.device,
                 seed=self.arguments.seed,
                 description=f"Importance, {name}",
@@ -421,21 +379,13 @@ class Compression:
 
     # What stages share
 
-    def _prepared(self, model: PreTrainedModel) -> PreTrainedModel:
-        return prepared(model, self.device, self.bf16)
-
-    def _load(self, stage: str) -> PreTrainedModel:
-        return self._prepared(
-            AutoModelForSequenceClassification.from_pretrained(self.store.files(stage), dtype=torch.float32)
-        )
-
     def _fresh_assistant(self, teacher: PreTrainedModel) -> PreTrainedModel:
         model = convert_from_stock(
             teacher if self.arguments.pretrained is None else self._load_pretrained(self.arguments.pretrained),
             exit_layers=self.arguments.exit_layers,
             exit_pooling=self.arguments.exit_pooling or self.recipe.exit_pooling,
         )
-        self._set_labels(model.config)
+        self.data.label(model.config)
         return self._prepared(model)
 
     def _load_pretrained(self, name: str) -> PreTrainedModel:
@@ -449,19 +399,9 @@ class Compression:
             raise ValueError(f"`balance_classes` needs single-label data; this is {self.data.problem_type}.")
         return class_weights(self.data.train["labels"], self.data.num_labels)
 
-    def _training_arguments(self, kind: type, stage: str, phase: Phase, best_by: str | None, **extra: Any) -> Any:
-        return stage_arguments(
-            kind,
-            str(self.store.working_dir(stage)),
-            phase,
-            len(self.data.train),
-            batch_size=self.arguments.batch_size or self.recipe.batch_size,
-            best_by=best_by,
-            device=self.device,
-            bf16=self.bf16,
-            seed=self.arguments.seed,
-            **extra,
-        )
+    @property
+    def _batch_size(self) -> int:
+        return self.arguments.batch_size or self.recipe.batch_size
 
     def _distil(
         self,
@@ -478,6 +418,7 @@ class Compression:
             CostEffTrainingArguments,
             stage,
             phase,
+            batch_size=self._batch_size,
             best_by=f"mean_exit_{self.metric}" if best else None,
             representation_only_ratio=phase.representation_only_ratio,
             **weights,
@@ -493,20 +434,6 @@ class Compression:
         )
         trained, record = self._run_trainer(trainer, evaluate)
         return trained, {**record, "loss_weights": trainer.loss_weights}
-
-    def _run_trainer(self, trainer: ResumableTrainer, evaluate: bool = True) -> tuple[PreTrainedModel, dict[str, Any]]:
-        log_to_stderr(trainer)
-        trainer.train(resume_from_checkpoint=True)
-        losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-        record: dict[str, Any] = {
-            "steps": trainer.state.global_step,
-            "learning_rate": trainer.args.learning_rate,
-            "batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
-            "last_log": losses[-1] if losses else {},
-        }
-        if evaluate:
-            record["calibration_metrics"] = trainer.evaluate()
-        return trainer.model, record
 
     def _label_calibration(self, teacher: PreTrainedModel | None) -> datasets.Dataset:
         """Calibration rows; where they came without labels, the teacher's answers stand in."""
@@ -558,7 +485,7 @@ class Compression:
             Contender("slim, early exit", slim, records["slim model"], settings),
         ]
         rows = report_rows(contenders, self.data.validation, self.collator, self.data.problem_type)
-        result = CompressionResult(Path(self.arguments.output_dir), plan, rows, self.metric)
+        result = CompressionResult(self.output_dir, plan, rows, self.metric)
         slim.save_pretrained(result.model_path)
         self.tokenizer.save_pretrained(result.model_path)
         outcomes = class_outcomes(ExitReplay(records["slim model"], slim.config), settings)

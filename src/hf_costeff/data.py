@@ -20,6 +20,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
+from .checksums import fingerprint
 from .columns import Columns, LabelInfo, check_texts, encode_labels, find_columns, is_string, resolve_labels
 from .exit_criteria import SINGLE_LABEL
 
@@ -171,6 +172,19 @@ class PreparedData:
             "max_length": self.max_length,
             **self.notes,
         }
+
+    def fingerprint(self) -> str:
+        """Of every row as text, so that a run knows its own rows again."""
+        return fingerprint(repr(row) for split in self.raw.values() for row in split)
+
+    def label(self, config: PreTrainedConfig) -> None:
+        """Give a config, in place, the names, number and problem type of these labels."""
+        if self.label_names is not None:
+            config.id2label = dict(enumerate(self.label_names))
+            config.label2id = {name: index for index, name in enumerate(self.label_names)}
+        else:
+            config.num_labels = self.num_labels
+        config.problem_type = self.problem_type
 
 
 def load_splits(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from .calibration import exit_curve
 from .charts import draw_pareto_chart, draw_skip_chart
@@ -24,20 +24,18 @@ from .checkpoints import load_classifier, load_tokenizer, load_unfinished_classi
 from .checksums import fingerprint, fingerprint_of
 from .configuration_costeff import EXIT_HEADS, EXIT_POOLINGS, SKIP_GATES
 from .conversion import convert_from_stock, longest_text
-from .data import DataArguments, make_collator, prepare_data
-from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
-from .evaluation import Contender, ReportRow, calibrate, collect_exit_logits, format_table, report_rows, row_keys
+from .data import DataArguments, prepare_data
+from .evaluation import Contender, ReportRow, calibrate, collect_exit_logits, format_table, report_rows
 from .exit_criteria import REGRESSION, ExitConfig
 from .exit_replay import ExitLogits, ExitReplay
 from .gating import add_skip_gates
 from .group_outcomes import class_outcomes
-from .metrics import check_metric, default_metric
 from .modeling_costeff import CostEffForSequenceClassification
 from .recipes import Phase
 from .report import SKIPPING, describe_hardware
 from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
 from .skip_training import check_target_layers
-from .stages import StageStore
+from .staged_run import Stage, StagedRun
 from .trainer import CostEffTrainer
 from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
 
@@ -177,38 +175,31 @@ def train_layer_skipping(
     return LayerSkipping(arguments, data).run()
 
 
-class LayerSkipping:
-    """One run. [`train_layer_skipping`] is the way in; the class keeps what the stages share."""
+class LayerSkipping(StagedRun):
+    """One run. [`train_layer_skipping`] is the way in."""
 
     def __init__(
         self, arguments: LayerSkippingArguments, data: DataArguments | datasets.Dataset | datasets.DatasetDict
     ) -> None:
         """Load the model and the rows and add the gates, so that what cannot work is known before training."""
+        super().__init__(arguments.output_dir, arguments.seed)
         self.arguments = arguments
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = bf16_pays(self.device)
-        given, missing = load_unfinished_classifier(arguments.model, dtype=torch.float32)
-        if missing and isinstance(given, CostEffForSequenceClassification):
+        given, self.missing = load_unfinished_classifier(arguments.model, dtype=torch.float32)
+        if self.missing and isinstance(given, CostEffForSequenceClassification):
             load_classifier(arguments.model)  # says what is missing
-        self.given = prepared(given, self.device, self.bf16)
-        self.missing = missing
-        self.can_answer = not missing
+        self.given = self._prepared(given)
         self.teacher = None
         if arguments.teacher is not None:
-            self.teacher = prepared(load_classifier(arguments.teacher, dtype=torch.float32), self.device, self.bf16)
-        self.tokenizer = load_tokenizer(arguments.model)
-        self.data = prepare_data(
+            self.teacher = self._prepared(load_classifier(arguments.teacher, dtype=torch.float32))
+        tokenizer = load_tokenizer(arguments.model)
+        rows = prepare_data(
             data,
-            self.tokenizer,
+            tokenizer,
             arguments=data if isinstance(data, DataArguments) else None,
-            teacher_config=given.config if self.can_answer else None,
+            teacher_config=None if self.missing else given.config,
             max_positions=longest_text(given.config),
         )
-        self.collator = make_collator(self.tokenizer)
-        self.metric = arguments.metric or default_metric(self.data.problem_type)
-        check_metric(self.metric, self.data.problem_type)
-        if self.metric == "mse":
-            raise ValueError("`metric` is 'mse', which falls as models improve. Choose by spearman or pearson.")
+        self._take_rows(rows, tokenizer, arguments.metric)
         self.start = self._with_gates(given)
         self._check()
 
@@ -219,8 +210,8 @@ class LayerSkipping:
         if isinstance(given, CostEffForSequenceClassification):
             model, gates = given, gates or given.config.skip_gates or "linear"
         else:
-            if not self.can_answer:
-                self._set_labels(given.config)
+            if self.missing:
+                self.data.label(given.config)
             model = convert_from_stock(
                 given,
                 exit_layers=wanted.exit_layers,
@@ -233,14 +224,6 @@ class LayerSkipping:
         if gates in (NO_GATES, model.config.skip_gates):
             return model
         return add_skip_gates(model, gates)
-
-    def _set_labels(self, config: Any) -> None:
-        if self.data.label_names is not None:
-            config.id2label = dict(enumerate(self.data.label_names))
-            config.label2id = {name: index for index, name in enumerate(self.data.label_names)}
-        else:
-            config.num_labels = self.data.num_labels
-        config.problem_type = self.data.problem_type
 
     def _check(self) -> None:
         wanted, config = self.arguments, self.start.config
@@ -255,16 +238,12 @@ class LayerSkipping:
 
     def run(self) -> LayerSkippingResult:
         """Go through the stages that are not done yet, then calibrate and report."""
-        arguments = self.arguments
-        self.store = StageStore(arguments.output_dir, self._settings())
-        self.train_keys = row_keys(self.data.train, ["input_ids"])
-        self.store.keep_train_keys(self.train_keys)
-        latest = "backbone"
-        self._stage(latest, self._train_backbone)
+        stages = [Stage.of_model("backbone", self._train_backbone)]
         if self.trains_exits:
-            latest = f"exits-{fingerprint(repr(getattr(arguments, name)) for name in OF_EXITS)[:8]}"
-            self._stage(latest, self._train_exits)
-        return self._report(self._finished(latest))
+            name = f"exits-{fingerprint(repr(getattr(self.arguments, name)) for name in OF_EXITS)[:8]}"
+            stages.append(Stage.of_model(name, partial(self._train_exits, name)))
+        self._go_through(stages, self._settings())
+        return self._report(self._load(stages[-1].name))
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.arguments)
@@ -273,27 +252,16 @@ class LayerSkipping:
         return {
             **settings,
             "model_fingerprint": fingerprint_of(self.given, without=self.missing),
-            "data_fingerprint": fingerprint(repr(row) for split in self.data.raw.values() for row in split),
+            "data_fingerprint": self.data.fingerprint(),
         }
 
-    def _finished(self, stage: str) -> CostEffForSequenceClassification:
-        files = self.store.files(stage)
-        model = CostEffForSequenceClassification.from_pretrained(files, dtype=torch.float32)
-        return cast(CostEffForSequenceClassification, prepared(model, self.device, self.bf16))
-
-    def _stage(self, name: str, run: Callable[[str], tuple[PreTrainedModel, dict[str, Any]]]) -> None:
-        if not self.store.is_finished(name):
-            set_seed(self.arguments.seed)
-            model, record = run(name)
-            self.store.finish(name, model.save_pretrained, record)
-
-    def _train_backbone(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def _train_backbone(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The checkpoint that skips and answers best is kept; with a target, among those that come near it."""
         wanted = self.arguments
         gated = self.start.config.skip_gates is not None
         return self._train(
-            stage,
-            prepared(self.start, self.device, self.bf16),
+            "backbone",
+            self._prepared(self.start),
             Phase(wanted.epochs, wanted.learning_rate),
             best_by=self.metric if wanted.target_layers is None else f"{self.metric}_on_target",
             trained_parts=BACKBONE,
@@ -305,7 +273,7 @@ class LayerSkipping:
         )
 
     def _train_exits(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-        wanted, model = self.arguments, self._finished("backbone")
+        wanted, model = self.arguments, self._load("backbone")
         contrast = wanted.exit_contrastive_weight
         if contrast is None:
             contrast = 0.05 if model.config.exit_head == "attention" else 0.0
@@ -323,21 +291,17 @@ class LayerSkipping:
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
         if not phase.steps(len(self.data.train), self.arguments.batch_size):
             return model, {"steps": 0}
-        arguments = stage_arguments(
+        arguments = self._training_arguments(
             CostEffTrainingArguments,
-            str(self.store.working_dir(stage)),
+            stage,
             phase,
-            len(self.data.train),
             batch_size=self.arguments.batch_size,
             best_by=best_by,
-            device=self.device,
-            bf16=self.bf16,
-            seed=self.arguments.seed,
             representation_weight=0.0,  # a layer that is skipped cannot be like the teacher's
             **settings,
         )
         trainer = CostEffTrainer(
-            cast(CostEffForSequenceClassification, model),
+            model,
             arguments,
             teacher=self.teacher,
             train_dataset=self.data.train,
@@ -345,20 +309,17 @@ class LayerSkipping:
             data_collator=self.collator,
             processing_class=self.tokenizer,
         )
-        log_to_stderr(trainer)
-        trainer.train(resume_from_checkpoint=True)
-        record = {"steps": trainer.state.global_step, "log": trainer.state.log_history}
-        return trainer.model, {**record, "calibration_metrics": trainer.evaluate()}
+        return self._run_trainer(trainer)
 
     # The report
 
-    def _contenders(self, model: CostEffForSequenceClassification, settings: ExitConfig | None) -> list[Contender]:
+    def _contenders(self, model: PreTrainedModel, settings: ExitConfig | None) -> list[Contender]:
         def records(asked: PreTrainedModel, name: str, **options: Any) -> ExitLogits:
             description = f"Validating {name}"
             return collect_exit_logits(asked, self.data.validation, self.collator, description=description, **options)
 
         found = []
-        if self.can_answer:
+        if not self.missing:
             found.append(Contender("model as given", self.given, records(self.given, "the given model")))
         gated = model.config.skip_gates is not None
         own = records(model, "the model")
@@ -370,8 +331,8 @@ class LayerSkipping:
             found.append(Contender("skipping and early exit" if gated else "early exit", model, own, settings))
         return found
 
-    def _report(self, model: CostEffForSequenceClassification) -> LayerSkippingResult:
-        folder = Path(self.arguments.output_dir)
+    def _report(self, model: PreTrainedModel) -> LayerSkippingResult:
+        folder = self.output_dir
         for each in (model, self.given):
             each.set_attn_implementation("sdpa")
         settings = None

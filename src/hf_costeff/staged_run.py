@@ -1,0 +1,147 @@
+"""What all recipes share: where they train, their rows, and stages that are gone through once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from .data import PreparedData, make_collator
+from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
+from .evaluation import row_keys
+from .metrics import check_metric, default_metric
+from .recipes import Phase
+from .stages import StageStore
+from .trainer import ResumableTrainer
+
+logger = logging.get_logger(__name__)
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named piece of a recipe.
+
+    Args:
+        name: Of its folder.
+        run: Makes what writes the stage's files into a folder, and a record of what happened, JSON-ready.
+    """
+
+    name: str
+    run: Callable[[], tuple[Callable[[Path], Any], dict[str, Any]]]
+
+    @classmethod
+    def of_model(cls, name: str, train: Callable[[], tuple[PreTrainedModel, dict[str, Any]]]) -> Stage:
+        """A stage that makes a model, and a record."""
+
+        def run() -> tuple[Callable[[Path], Any], dict[str, Any]]:
+            model, record = train()
+            return model.save_pretrained, record
+
+        return cls(name, run)
+
+
+class StagedRun:
+    """One run of a recipe. Recipes build on it: first the rows, then the stages, then what they report."""
+
+    def __init__(self, output_dir: str, seed: int, precision: str = "auto") -> None:
+        """Choose where and how to train; nothing is loaded or written yet.
+
+        Args:
+            output_dir: The run's folder.
+            seed: Of order, dropout and new weights, the same for every stage.
+            precision: fp32, bf16 (mixed) or auto: bf16 where it pays.
+        """
+        self.output_dir = Path(output_dir)
+        self.seed = seed
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.bf16 = bf16_pays(self.device) if precision == "auto" else precision == "bf16"
+
+    def _take_rows(self, data: PreparedData, tokenizer: PreTrainedTokenizerBase, metric: str | None = None) -> None:
+        """Use these rows, and choose checkpoints by the metric; default: by problem type.
+
+        Raises:
+            ValueError: If the metric is not one of the problem type, or falls as models improve.
+        """
+        self.data, self.tokenizer, self.collator = data, tokenizer, make_collator(tokenizer)
+        self.metric = metric or default_metric(data.problem_type)
+        check_metric(self.metric, data.problem_type)
+        if self.metric == "mse":
+            raise ValueError("`metric` is 'mse', which falls as models improve. Choose by spearman or pearson.")
+
+    def _prepared(self, model: PreTrainedModel) -> PreTrainedModel:
+        return prepared(model, self.device, self.bf16)
+
+    def _go_through(self, stages: Sequence[Stage], settings: Mapping[str, Any]) -> None:
+        """Run the stages that are not done yet, under a progress bar.
+
+        Args:
+            stages: In order. None of them trains on other rows than the run's own.
+            settings: Everything that decides the result, see [`StageStore`].
+
+        Raises:
+            ValueError: If the folder holds another run or other files.
+        """
+        self.store = StageStore(self.output_dir, settings)
+        self.train_keys = row_keys(self.data.train, ["input_ids"])
+        if stages:
+            self.store.keep_train_keys(self.train_keys)
+        if finished := [stage.name for stage in stages if self.store.is_finished(stage.name)]:
+            logger.warning(f"Going on in {self.output_dir}; done before: {', '.join(finished)}.")
+        for stage in (bar := tqdm(stages, desc="Stages", disable=not stages)):
+            bar.set_postfix_str(stage.name)
+            if not self.store.is_finished(stage.name):
+                set_seed(self.seed)
+                started = time.monotonic()
+                save, record = stage.run()
+                self.store.finish(stage.name, save, {**record, "seconds": round(time.monotonic() - started, 1)})
+
+    def _load(self, stage: str) -> PreTrainedModel:
+        """The model of a finished stage."""
+        files = self.store.files(stage)
+        return self._prepared(AutoModelForSequenceClassification.from_pretrained(files, dtype=torch.float32))
+
+    def _training_arguments(
+        self, kind: type[Arguments], stage: str, phase: Phase, *, batch_size: int, best_by: str | None, **extra: Any
+    ) -> Arguments:
+        """What a stage trains with, see [`stage_arguments`]; its checkpoints lie in its working folder."""
+        return stage_arguments(
+            kind,
+            str(self.store.working_dir(stage)),
+            phase,
+            len(self.data.train),
+            batch_size=batch_size,
+            best_by=best_by,
+            device=self.device,
+            bf16=self.bf16,
+            seed=self.seed,
+            **extra,
+        )
+
+    def _run_trainer(self, trainer: ResumableTrainer, evaluate: bool = True) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Train, going on from the latest whole checkpoint, and write down how it went."""
+        log_to_stderr(trainer)
+        trainer.train(resume_from_checkpoint=True)
+        losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+        record: dict[str, Any] = {
+            "steps": trainer.state.global_step,
+            "learning_rate": trainer.args.learning_rate,
+            "batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
+            "last_log": losses[-1] if losses else {},
+        }
+        if evaluate:
+            record["calibration_metrics"] = trainer.evaluate()
+        return trainer.model, record
