@@ -129,8 +129,8 @@ def block_matrices(model: CostEffForSequenceClassification, embeddings: bool = F
     base = model.costeff
     names = [f"layers.{layer}.{part}" for layer in range(len(base.layers)) for part in PACKABLE]
     names += [name for name in EMBEDDINGS if embeddings and getattr(base.embeddings, name.split(".")[1]) is not None]
-    found = {name: base.get_submodule(name).weight for name in names}
-    return {name: weight for name, weight in found.items() if weight.numel()}  # type: ignore[misc]
+    found = {name: base.get_parameter(f"{name}.weight") for name in names}
+    return {name: weight for name, weight in found.items() if weight.numel()}
 
 
 def block_energies(

@@ -72,7 +72,7 @@ def _alive_units(model: CostEffForSequenceClassification, masks: BlockMasks) -> 
 
     def mask(layer: int, part: str) -> Tensor:
         name = f"layers.{layer}.{part}"
-        whole = torch.ones_like(base.get_submodule(name).weight, dtype=torch.bool, device="cpu")  # type: ignore[arg-type]
+        whole = torch.ones_like(base.get_parameter(f"{name}.weight"), dtype=torch.bool, device="cpu")
         return masks.weight_mask(name) if name in masks.masks else whole
 
     for layer, (heads, neurons) in enumerate(zip(config.num_attention_heads, config.intermediate_size, strict=True)):
