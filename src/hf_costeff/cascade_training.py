@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
@@ -22,22 +22,23 @@ from transformers.utils import logging
 from .cascade import make_cascade, save_cascade
 from .cascade_costs import classifier_flops
 from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
-from .checksums import fingerprint, fingerprint_of
+from .checksums import fingerprint_of
 from .configuration_cascade import FEWEST_MEMBERS
 from .conversion import longest_text
 from .data import DataArguments, PreparedData, make_collator, prepare_data
 from .difficulty import HARD, RIGHT_FILE, RULES, Difficulty, check_hard_rows, difficulty_labels, mark_hard_rows
-from .distillation import bf16_pays, log_to_stderr, prepared, training_arguments
+from .distillation import stage_arguments
 from .efficiency import PAPER_SEQ_LENGTH
-from .evaluation import ExitReliability, exit_reliability, row_keys
+from .evaluation import ExitReliability, exit_reliability
 from .exit_criteria import REGRESSION
 from .losses import difficulty_loss
-from .metrics import default_metric
-from .stages import StageStore
+from .recipes import Phase
+from .staged_run import Stage, StagedRun
 from .trainer import TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
+DIFFICULTY = "difficulty"
 
 
 class MemberTrainer(TeacherTrainer):
@@ -155,47 +156,56 @@ def train_cascade(
     Raises:
         ValueError: For checkpoints or rows that cannot be used.
     """
-    return _CascadeRun(arguments, data_arguments, dataset).run()
+    return CascadeTraining(arguments, data_arguments, dataset).run()
 
 
-class _CascadeRun:
+class CascadeTraining(StagedRun):
+    """One run. [`train_cascade`] is the way in."""
+
     def __init__(
         self,
         arguments: CascadeArguments,
         data_arguments: DataArguments,
         dataset: datasets.Dataset | datasets.DatasetDict | None,
     ) -> None:
+        """Look at the members' configs and put them in the order of their cost; nothing is loaded or written yet."""
+        super().__init__(arguments.output_dir, arguments.seed)
         self.arguments, self.data_arguments, self.dataset = arguments, data_arguments, dataset
         configs = {name: load_config(name) for name in arguments.models}
         self.names = sorted(arguments.models, key=lambda name: classifier_flops(configs[name], PAPER_SEQ_LENGTH))
         if self.names != arguments.models:
             logger.warning(f"The members are put in the order of their cost: {', '.join(self.names)}.")
         self.tokenizers = [load_tokenizer(name) for name in self.names]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = bf16_pays(self.device)
-        self.hard_share: float | None = None
 
     def run(self) -> CascadeResult:
+        """Go through the stages that are not done yet, then put the members together and look at their exits."""
         loaded = [load_unfinished_classifier(name, dtype=torch.float32) for name in self.names]
         finished = [model for model, missing in loaded if not missing]
         self.label_config = finished[-1].config if finished else None
-        self.data = [
+        self.rows = [
             self._prepare(model, tokenizer) for (model, _), tokenizer in zip(loaded, self.tokenizers, strict=True)
         ]
-        if self.data[0].problem_type == REGRESSION and loaded[0][1] and self.arguments.difficulty_weight:
+        self._take_rows(self.rows[-1], self.tokenizers[-1])
+        self.with_difficulty = bool(loaded[0][1] and self.arguments.difficulty_weight)
+        if self.with_difficulty and self.data.problem_type == REGRESSION:
             raise ValueError("The labels are numbers, which are neither easy nor hard. Give --difficulty_weight 0.")
-        self.store = StageStore(self.arguments.output_dir, self._settings(loaded))
-        if len(finished) < len(loaded):
-            self.store.keep_train_keys(row_keys(self.data[-1].train, ["input_ids"]))
+        unfinished = [number for number, (_, missing) in enumerate(loaded, start=1) if missing]
+        stages = [Stage.of_model(f"member-{number}", partial(self._fine_tune, number)) for number in unfinished]
+        if self.with_difficulty:
+            stages.insert(0, Stage(DIFFICULTY, self._tell_difficulty))
+        self._go_through(stages, self._settings(loaded))
         members = [
-            self._fine_tuned(number) if missing else model for number, (model, missing) in enumerate(loaded, start=1)
+            self._load(f"member-{number}") if number in unfinished else model
+            for number, (model, _) in enumerate(loaded, start=1)
         ]
+        for member in members:
+            member.set_attn_implementation("sdpa")
         cascade, tokenizers = make_cascade(members, self.tokenizers)
-        save_cascade(cascade, tokenizers, self.arguments.output_dir)
-        metric = default_metric(self.data[-1].problem_type)
-        rows, collators = [data.validation for data in self.data], [make_collator(one) for one in self.tokenizers]
-        exits = exit_reliability(cascade.to(self.device), rows, collators, metric=metric)
-        return CascadeResult(Path(self.arguments.output_dir), metric, exits, self.hard_share)
+        save_cascade(cascade, tokenizers, self.output_dir)
+        validation, collators = [rows.validation for rows in self.rows], [make_collator(one) for one in self.tokenizers]
+        exits = exit_reliability(cascade.to(self.device), validation, collators, metric=self.metric)
+        hard_share = float(np.mean(self._hard_rows())) if self.with_difficulty else None
+        return CascadeResult(self.output_dir, self.metric, exits, hard_share)
 
     def _prepare(self, model: PreTrainedModel, tokenizer: Any) -> PreparedData:
         return prepare_data(
@@ -209,79 +219,62 @@ class _CascadeRun:
     def _settings(self, loaded: list[tuple[PreTrainedModel, list[str]]]) -> dict[str, Any]:
         values = {name: value for name, value in vars(self.arguments).items() if name != "output_dir"}
         bodies = [fingerprint_of(model, without=missing) for model, missing in loaded]
-        raw = fingerprint(repr(row) for split in self.data[0].raw.values() for row in split)
-        return {**values, "models": self.names, "weights": bodies, "data_fingerprint": raw}
-
-    def _member_config(self, number: int) -> PreTrainedConfig:
-        data, config = self.data[number - 1], load_config(self.names[number - 1])
-        names = data.label_names or [f"LABEL_{label}" for label in range(data.num_labels)]
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: label for label, name in enumerate(names)}
-        config.problem_type = data.problem_type
-        return config
+        return {**values, "models": self.names, "weights": bodies, "data_fingerprint": self.data.fingerprint()}
 
     def _fresh(self, number: int) -> PreTrainedModel:
         """The checkpoint with a new head, in the state that the seed gives it."""
-        config = self._member_config(number)
-        model, _ = load_unfinished_classifier(self.names[number - 1], config=config, dtype=torch.float32)
-        return model
+        name = self.names[number - 1]
+        config = load_config(name)
+        self.rows[number - 1].label(config)
+        model, _ = load_unfinished_classifier(name, config=config, dtype=torch.float32)
+        return self._prepared(model)
 
-    def _fine_tuned(self, number: int) -> PreTrainedModel:
-        name, rows, weight = f"member-{number}", self.data[number - 1].train, 0.0
-        if number == 1 and self.arguments.difficulty_weight:
-            hard = self._hard_rows()
-            self.hard_share, weight = float(np.mean(hard)), self.arguments.difficulty_weight
-            rows = mark_hard_rows(rows, hard)
-        if not self.store.is_finished(name):
-            model = self._train(number, rows, self.arguments.seed, self.store.working_dir(name), weight)
-            self.store.finish(name, model.save_pretrained, {"rows": len(rows), "difficulty_weight": weight})
-        return AutoModelForSequenceClassification.from_pretrained(self.store.files(name))
+    # Stages
+
+    def _tell_difficulty(self) -> tuple[Callable[[Path], Any], dict[str, Any]]:
+        def train(rows: datasets.Dataset, seed: int, folder: Path) -> PreTrainedModel:
+            return self._train(1, rows, seed, folder)[0]
+
+        wanted = self.arguments
+        found = difficulty_labels(
+            self.rows[0].train,
+            make_collator(self.tokenizers[0]),
+            train,
+            self.store.working_dir(DIFFICULTY),
+            folds=wanted.difficulty_folds,
+            seeds=[wanted.seed + number for number in range(wanted.difficulty_seeds)],
+        )
+        return lambda folder: np.save(folder / RIGHT_FILE, found.right), {"right": float(found.right.mean())}
 
     def _hard_rows(self) -> np.ndarray:
-        wanted, name = self.arguments, "difficulty"
-        if not self.store.is_finished(name):
+        return Difficulty(np.load(self.store.files(DIFFICULTY) / RIGHT_FILE)).hard(self.arguments.difficulty_rule)
 
-            def train(rows: datasets.Dataset, seed: int, folder: Path) -> PreTrainedModel:
-                return self._train(1, rows, seed, folder, weight=0.0)
+    def _fine_tune(self, number: int) -> tuple[PreTrainedModel, dict[str, Any]]:
+        rows, weight = self.rows[number - 1].train, 0.0
+        if number == 1 and self.with_difficulty:
+            rows, weight = mark_hard_rows(rows, self._hard_rows()), self.arguments.difficulty_weight
+        folder = self.store.working_dir(f"member-{number}")
+        model, record = self._train(number, rows, self.seed, folder, weight)
+        return model, {**record, "rows": len(rows), "difficulty_weight": weight}
 
-            found = difficulty_labels(
-                self.data[0].train,
-                make_collator(self.tokenizers[0]),
-                train,
-                self.store.working_dir(name),
-                folds=wanted.difficulty_folds,
-                seeds=[wanted.seed + number for number in range(wanted.difficulty_seeds)],
-            )
-
-            def save(folder: Path) -> None:
-                np.save(folder / RIGHT_FILE, found.right)
-
-            self.store.finish(name, save, {"right": float(found.right.mean())})
-        return Difficulty(np.load(self.store.files(name) / RIGHT_FILE)).hard(wanted.difficulty_rule)
-
-    def _train(self, number: int, rows: datasets.Dataset, seed: int, folder: Path, weight: float) -> PreTrainedModel:
+    def _train(
+        self, number: int, rows: datasets.Dataset, seed: int, folder: Path, difficulty_weight: float = 0.0
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The member from its checkpoint, trained on these rows."""
         set_seed(seed)
-        steps = max(1, math.ceil(self.arguments.epochs * len(rows) / self.arguments.batch_size))
-        trainer = MemberTrainer(
-            prepared(self._fresh(number), self.device, self.bf16),
-            training_arguments(
-                CostEffTrainingArguments,
-                str(folder),
-                steps=steps,
-                learning_rate=self.arguments.learning_rate,
-                batch_size=self.arguments.batch_size,
-                device=self.device,
-                bf16=self.bf16,
-                seed=seed,
-                difficulty_weight=weight,
-                difficulty_margin=self.arguments.difficulty_margin,
-                save_steps=max(1, math.ceil(steps / 4)),
-                save_total_limit=1,
-            ),
-            train_dataset=rows,
-            data_collator=make_collator(self.tokenizers[number - 1]),
+        wanted = self.arguments
+        arguments = stage_arguments(
+            CostEffTrainingArguments,
+            str(folder),
+            Phase(wanted.epochs, wanted.learning_rate),
+            len(rows),
+            batch_size=wanted.batch_size,
+            device=self.device,
+            bf16=self.bf16,
+            seed=seed,
+            difficulty_weight=difficulty_weight,
+            difficulty_margin=wanted.difficulty_margin,
         )
-        log_to_stderr(trainer)
-        trainer.train(resume_from_checkpoint=True)
-        return trainer.model
+        collator = make_collator(self.tokenizers[number - 1])
+        trainer = MemberTrainer(self._fresh(number), arguments, train_dataset=rows, data_collator=collator)
+        return self._run_trainer(trainer, evaluate=False)
