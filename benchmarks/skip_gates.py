@@ -86,6 +86,7 @@ def arguments(given: argparse.Namespace, variant: str, target: float | None, see
         "exit_head": given.exit_head,
         "epochs": given.epochs,
         "exit_epochs": given.exit_epochs,
+        "learning_rate": given.learning_rate,
     }
     return LayerSkippingArguments(
         given.model,

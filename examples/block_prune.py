@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from demo import train_teacher
 from demo_corpus import make_splits
-from hf_costeff.block_compression import BlockPruningArguments, block_prune
+from hf_costeff import BlockPruningArguments, block_prune
 from hf_costeff.data import DataArguments
 
 TEXTS = ["a gripping film.", "the soup was not fresh."]

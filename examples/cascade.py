@@ -16,8 +16,7 @@ from pathlib import Path
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase, set_seed
 
 from demo_corpus import make_splits, train_tokenizer
-from hf_costeff import calibrate, load_cascade, predict_texts, train_cascade
-from hf_costeff.cascade_training import CascadeArguments
+from hf_costeff import CascadeArguments, calibrate, load_cascade, predict_texts, train_cascade
 from hf_costeff.data import DataArguments, make_collator, prepare_split
 
 TEXTS = ["a gripping film.", "the soup was not fresh.", "the plot is witty, but the ending ruins it."]

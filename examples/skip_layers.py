@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from demo import train_teacher
 from demo_corpus import make_splits
+from hf_costeff import LayerSkippingArguments, train_layer_skipping
 from hf_costeff.data import DataArguments
-from hf_costeff.layer_skipping import LayerSkippingArguments, train_layer_skipping
 
 TEXTS = ["a gripping film.", "the soup was not fresh."]
 

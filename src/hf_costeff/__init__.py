@@ -31,13 +31,15 @@ from .pipeline_costeff import PIPELINE_TASK, CostEffClassificationPipeline
 from .slenderization import SlenderizationPlan, slenderize
 
 if TYPE_CHECKING:
+    from .block_compression import BlockPruningArguments, block_prune
     from .block_training import BlockPenalty, MaskedTraining
     from .cascade import load_cascade, make_cascade, save_cascade
-    from .cascade_training import train_cascade
+    from .cascade_training import CascadeArguments, train_cascade
     from .compression import compress
     from .difficulty import difficulty_labels, mark_hard_rows
     from .evaluation import calibrate
     from .export import export_onnx
+    from .layer_skipping import LayerSkippingArguments, train_layer_skipping
     from .monitoring import ExitMonitor
     from .prediction import predict_texts
     from .trainer import CostEffTrainer
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 __all__ = [
     "BlockPenalty",
+    "BlockPruningArguments",
     "BlockShape",
+    "CascadeArguments",
     "ConfidenceCriterion",
     "CostEffCascade",
     "CostEffCascadeConfig",
@@ -60,11 +64,13 @@ __all__ = [
     "EntropyInNatsCriterion",
     "ExitConfig",
     "ExitMonitor",
+    "LayerSkippingArguments",
     "MarginCriterion",
     "MaskedTraining",
     "PatienceCriterion",
     "SlenderizationPlan",
     "add_skip_gates",
+    "block_prune",
     "calibrate",
     "choose_layouts",
     "compress",
@@ -81,6 +87,7 @@ __all__ = [
     "save_cascade",
     "slenderize",
     "train_cascade",
+    "train_layer_skipping",
     "unpack",
 ]
 
@@ -94,6 +101,8 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 _ON_FIRST_USE = {
+    "BlockPruningArguments": "block_compression",
+    "block_prune": "block_compression",
     "BlockPenalty": "block_training",
     "MaskedTraining": "block_training",
     "calibrate": "evaluation",
@@ -104,7 +113,10 @@ _ON_FIRST_USE = {
     "make_cascade": "cascade",
     "mark_hard_rows": "difficulty",
     "save_cascade": "cascade",
+    "CascadeArguments": "cascade_training",
     "train_cascade": "cascade_training",
+    "LayerSkippingArguments": "layer_skipping",
+    "train_layer_skipping": "layer_skipping",
     "ExitMonitor": "monitoring",
     "predict_texts": "prediction",
     "CostEffTrainer": "trainer",
