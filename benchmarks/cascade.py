@@ -9,17 +9,21 @@ not seen the task, distilled from the teacher in three variants on the same rows
     difficulty      the same with difficulty-aware regularisation on out-of-fold labels (--folds x --seeds)
     random          the same with those labels shuffled: the control
 
-All are compared at equal counted FLOPs with students of `--student_layers` layers, distilled alike and used alone, and
-with `--run`, a finished run of benchmarks/real_run.py, its assistant and slim model under entropy and under patience
-(PABEE), and its slim model as the first member of a cascade. Thresholds are chosen on calibration rows. Members are
-made from one model by distillation, so this does not test whether complete models beat truncated ones.
+All are compared at equal counted FLOPs with students of `--student_layers` layers, distilled alike, used alone and as
+the first members of cascades, and with `--run`, a finished run of benchmarks/real_run.py, its assistant and slim model
+under entropy and under patience (PABEE's criterion on our exits), and its slim model as the first member of a cascade.
+Thresholds are chosen on calibration rows. Differences between two ways of answering come with paired
+bootstrap intervals on validation. Members are made from one model by distillation, so this does not test whether
+complete models beat truncated ones.
 
-Models are kept below --runs and rows go to benchmarks/results/cascade-<task>.json, so an interrupted run goes on.
+Models are kept below --runs, and rows go to benchmarks/results/cascade-<task>-<seed>.json, so an interrupted run goes
+on. Other settings are refused there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -33,7 +37,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from hf_costeff import CostEffCascade, CostEffTrainer, CostEffTrainingArguments, ExitConfig, convert_from_stock
 from hf_costeff.calibration import ExitSearch, choose_exit_config
-from hf_costeff.cascade_costs import cascade_flops, classifier_flops, member_flops
+from hf_costeff.cascade_costs import cascade_flops, member_flops
 from hf_costeff.data import DataArguments, make_collator, prepare_data
 from hf_costeff.difficulty import difficulty_labels, mark_hard_rows
 from hf_costeff.distillation import bf16_pays, prepared, training_arguments
@@ -42,6 +46,7 @@ from hf_costeff.evaluation import collect_exit_logits, collect_member_logits, mo
 from hf_costeff.exit_quality import difficulty_inversion_score
 from hf_costeff.exit_replay import ExitLogits, ExitReplay
 from hf_costeff.metrics import METRICS, paired_bootstrap
+from hf_costeff.report import describe_hardware
 from real_run import METRIC, SPLITS
 
 VARIANTS = ("none", "difficulty", "random")
@@ -55,6 +60,7 @@ class Bench:
         self.given = given
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.teacher = AutoModelForSequenceClassification.from_pretrained(given.teacher).to(self.device).eval()
+        self.bf16 = bf16_pays(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(given.teacher)
         self.collator = make_collator(self.tokenizer)
         self.folder = Path(given.runs) / f"cascade-{given.task}-{given.seed}"
@@ -72,6 +78,11 @@ class Bench:
         )
         self.function = METRICS[self.data.problem_type][self.metric]
 
+    @cached_property
+    def fast_teacher(self) -> PreTrainedModel:
+        """The teacher with the attention that is fastest in training's precision."""
+        return prepared(copy.deepcopy(self.teacher), self.device, self.bf16)
+
     def student(self, layers: int) -> PreTrainedModel:
         """The lowest layers of the pre-trained encoder with one fresh exit."""
         set_seed(self.given.seed)
@@ -85,7 +96,7 @@ class Bench:
         whole = convert_from_stock(
             source, exit_layers=sorted({layers, source.config.num_hidden_layers}), exit_pooling="mean"
         )
-        return prepared(whole.truncate(layers), self.device, bf16_pays(self.device))
+        return prepared(whole.truncate(layers), self.device, self.bf16)
 
     def train(
         self, rows: Dataset, seed: int, folder: Path, *, layers: int, teacher: bool, **extra: Any
@@ -100,7 +111,7 @@ class Bench:
             learning_rate=self.given.learning_rate,
             batch_size=32,
             device=self.device,
-            bf16=bf16_pays(self.device),
+            bf16=self.bf16,
             seed=seed,
             save_steps=max(1, steps // 3),
             save_total_limit=1,
@@ -111,7 +122,7 @@ class Bench:
         trainer = CostEffTrainer(
             self.student(layers),
             arguments,
-            teacher=self.teacher if teacher else None,
+            teacher=self.fast_teacher if teacher else None,
             train_dataset=rows,
             data_collator=self.collator,
         )
@@ -151,6 +162,8 @@ class Bench:
         return self.kept(variant, lambda: train(rows, self.given.seed, working))
 
     def plain_student(self, layers: int) -> PreTrainedModel:
+        if layers == self.given.layers:
+            return self.first_member("none")
         train = partial(self.train, layers=layers, teacher=True)
         working = self.folder / f"student-{layers}.working"
         return self.kept(f"student-{layers}", lambda: train(self.data.train, self.given.seed, working))
@@ -171,7 +184,7 @@ class Bench:
         parts = (self.data.calibration, self.data.validation)
         return tuple(collect(model, rows, self.collator, show_progress=False) for rows in parts)
 
-    def at_speedups(self, model: PreTrainedModel, criterion: str | None = None) -> dict[str, Any]:
+    def at_speedups(self, name: str, model: PreTrainedModel, criterion: str | None = None) -> dict[str, Any]:
         """Metric on validation at each counted speed-up over the teacher, thresholds from calibration rows."""
         calibration, validation = self.records(model)
         replay, found = ExitReplay(validation, model.config), {}
@@ -195,24 +208,73 @@ class Bench:
                 "exit_shares": exits.exit_shares,
                 "difference_to_teacher_95": self.difference(exits.logits),
             }
+            self.keep_answers(f"{name} at {target:g}x", exits.logits)
         return found
+
+    def keep_answers(self, name: str, logits: torch.Tensor) -> None:
+        """For comparisons between ways of answering."""
+        folder = self.folder / "answers"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{name}.npy", logits.numpy())
 
     def difference(self, logits: torch.Tensor) -> tuple[float, float, float]:
         teacher = self.reference["records"]
         return paired_bootstrap(self.function, logits.numpy(), teacher.logits[:, 0].numpy(), teacher.known_labels())
 
-    def first_member_figures(self, model: PreTrainedModel) -> dict[str, Any]:
+    def first_member_figures(self, variant: str) -> dict[str, Any]:
         """Metric and DIS of a first member alone, and what its cascade keeps."""
+        model, name = self.first_member(variant), f"first-{variant}"
         records = collect_exit_logits(model, self.data.validation, self.collator, show_progress=False)
         logits, labels = records.logits[:, -1], records.known_labels()
+        self.keep_answers(f"{name} alone", logits)
         return {
             "metric": self.function(logits.numpy(), labels),
             "dis": difficulty_inversion_score(logits, labels, self.data.problem_type),
-            "cascade": self.at_speedups(CostEffCascade.from_members([model, self.teacher])),
+            "cascade": self.at_speedups(name, CostEffCascade.from_members([model, self.teacher])),
         }
 
-    def formula_and_clock(self, model: PreTrainedModel) -> dict[str, Any]:
+    def student_figures(self, layers: int) -> dict[str, Any]:
+        """A student alone: its metric, and its speed-up on the same texts; and what it is worth as a first member."""
+        model, name = self.plain_student(layers), f"student-{layers}"
+        records = collect_exit_logits(model, self.data.validation, self.collator, show_progress=False)
+        logits = records.logits[:, -1]
+        spent = member_flops(model.config, torch.full_like(records.seq_lengths, layers), records.seq_lengths).mean()
+        self.keep_answers(f"{name} alone", logits)
+        return {
+            "metric": self.function(logits.numpy(), records.known_labels()),
+            "speedup": self.reference["validation"] / float(spent),
+            "difference_to_teacher_95": self.difference(logits),
+            "cascade": self.at_speedups(name, CostEffCascade.from_members([model, self.teacher])),
+        }
+
+    def comparisons(self) -> dict[str, Any]:
+        """Two ways of answering on the same validation rows: difference of the metric with a 95% interval.
+
+        Difficulty and its control against none, alone (with the DIS) and in the cascade; every other way against the
+        cascade without difficulty, at the same target.
+        """
+        answers = {file.stem: np.load(file) for file in sorted((self.folder / "answers").glob("*.npy"))}
+        labels, problem_type = self.reference["records"].known_labels(), self.data.problem_type
+
+        def dis(logits: np.ndarray, truth: np.ndarray) -> float:
+            score = difficulty_inversion_score(torch.from_numpy(logits), truth, problem_type)
+            return np.nan if score is None else score
+
+        found = {}
+        for name, logits in answers.items():
+            way, _, where = name.partition(" ")
+            base = f"first-none {where}"
+            if way == "first-none" or base not in answers:
+                continue
+            if where != "alone" or way.startswith("first-"):
+                found[f"{name}: metric"] = paired_bootstrap(self.function, logits, answers[base], labels)
+            if where == "alone" and way.startswith("first-"):
+                found[f"{name}: DIS"] = paired_bootstrap(dis, logits, answers[base], labels)
+        return found
+
+    def formula_and_clock(self) -> dict[str, Any]:
         """Counted and measured speed-up at batch 32 against big / (small + (1 - p) big), when half of the rows go."""
+        model = self.first_member("difficulty")
         length = min(64, self.data.max_length)
         cascade = CostEffCascade.from_members([model, self.teacher]).eval()
         tokens = [token for ids in self.data.validation["input_ids"] for token in ids]
@@ -222,9 +284,13 @@ class Bench:
         order = np.argsort([len(ids) for ids in rows["input_ids"]])
         chunks = [order[start : start + 32] for start in range(0, len(order), 32)]
         real = [model_inputs(cascade, self.collator([rows[int(row)] for row in chunk])) for chunk in chunks]
-        return {"fixed_length": self._speedups(cascade, fixed), "real_lengths": self._speedups(cascade, real)}
+        return {
+            "fixed_length": self._speedups(cascade, fixed),
+            "real_lengths": self._speedups(cascade, real),
+            "hardware": describe_hardware(self.device),
+        }
 
-    def _speedups(self, cascade: CostEffCascade, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    def _speedups(self, cascade: CostEffCascade, batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
         confidence = torch.cat([cascade.predict(**batch, early_exit=1.0).confidence for batch in batches])
         classes = cascade.config.num_labels
         threshold = (float(confidence.median()) - 1 / classes) / (1 - 1 / classes)
@@ -241,12 +307,16 @@ class Bench:
             "last": lambda: [cascade.predict(**batch, early_exit=False) for batch in batches],
             "cascade": lambda: [cascade.predict(**batch, early_exit=settings) for batch in batches],
         }
-        times = measure_alternating(runs, warmup=1, repeats=7)
+        times = measure_alternating(runs, warmup=2, repeats=11)
+        ratios = np.divide(times["last"].times_ms, times["cascade"].times_ms)
+        formula = big / (small + (1 - leaving) * big)
         return {
             "leaving": leaving,
-            "formula": big / (small + (1 - leaving) * big),
+            "formula": formula,
             "counted": big / float(cascade_flops(cascade.config, layers, lengths).mean()),
-            "measured": times["last"].median_ms / times["cascade"].median_ms,
+            "measured": float(np.median(ratios)),
+            "measured_quartiles": np.percentile(ratios, [25, 75]).tolist(),
+            "measured_over_formula": float(np.median(ratios)) / formula,
         }
 
     def _lengths(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -258,31 +328,28 @@ def jobs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     """Name -> what makes its figures."""
     found: dict[str, Callable[[], dict[str, Any]]] = {}
     for variant in VARIANTS:
-        found[f"first-{variant}"] = lambda variant=variant: bench.first_member_figures(bench.first_member(variant))
-    found["formula-and-clock"] = lambda: bench.formula_and_clock(bench.first_member("difficulty"))
+        found[f"first-{variant}"] = partial(bench.first_member_figures, variant)
     for layers in bench.given.student_layers:
-        found[f"student-{layers}"] = lambda layers=layers: student_figures(bench, bench.plain_student(layers))
+        found[f"student-{layers}"] = partial(bench.student_figures, layers)
     if bench.given.run is not None:
-        for name, folder in (("assistant", bench.given.run / "stages/assistant"), ("slim", bench.given.run)):
-            load = partial(AutoModelForSequenceClassification.from_pretrained, folder)
-            found[f"{name}-entropy"] = lambda load=load: bench.at_speedups(load().to(bench.device))
-            found[f"{name}-patience"] = lambda load=load: bench.at_speedups(load().to(bench.device), "patience")
-        slim = partial(AutoModelForSequenceClassification.from_pretrained, bench.given.run)
-        found["cascade-slim"] = lambda: bench.at_speedups(
-            CostEffCascade.from_members([slim().to(bench.device).eval(), bench.teacher])
-        )
+        for model, folder in (("assistant", bench.given.run / "stages/assistant"), ("slim", bench.given.run)):
+            for criterion in ("entropy", "patience"):
+                found[f"{model}-{criterion}"] = partial(exits_figures, bench, f"{model}-{criterion}", folder, criterion)
+        found["cascade-slim"] = partial(slim_cascade_figures, bench)
+    found["formula-and-clock"] = bench.formula_and_clock
     return found
 
 
-def student_figures(bench: Bench, model: PreTrainedModel) -> dict[str, Any]:
-    """A student used alone: its metric, and the speed-up that it has at 128 tokens."""
-    records = collect_exit_logits(model, bench.data.validation, bench.collator, show_progress=False)
-    logits = records.logits[:, -1]
-    return {
-        "metric": bench.function(logits.numpy(), records.known_labels()),
-        "speedup": classifier_flops(bench.teacher.config, 128) / classifier_flops(model.config, 128),
-        "difference_to_teacher_95": bench.difference(logits),
-    }
+def load(bench: Bench, folder: Path) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(folder).to(bench.device).eval()
+
+
+def exits_figures(bench: Bench, name: str, folder: Path, criterion: str) -> dict[str, Any]:
+    return bench.at_speedups(name, load(bench, folder), criterion)
+
+
+def slim_cascade_figures(bench: Bench) -> dict[str, Any]:
+    return bench.at_speedups("cascade-slim", CostEffCascade.from_members([load(bench, bench.given.run), bench.teacher]))
 
 
 def main() -> None:
@@ -292,7 +359,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="The fine-tuned classifier: the last member.")
     parser.add_argument("--pretrained", required=True, help="The encoder that it came from, without the task.")
     parser.add_argument("--run", type=Path, help="A finished run of benchmarks/real_run.py with the same teacher.")
-    parser.add_argument("--layers", type=int, default=2, help="Of the first member.")
+    parser.add_argument("--layers", type=int, default=1, help="Of the first member.")
     parser.add_argument("--student_layers", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--train_rows", type=int, default=10_000)
     parser.add_argument("--folds", type=int, default=5)
@@ -309,13 +376,16 @@ def main() -> None:
     output = given.results / f"cascade-{given.task}-{given.seed}.json"
     output.parent.mkdir(exist_ok=True, parents=True)
     rows = json.loads(output.read_text()) if output.exists() else {}
-    rows["settings"] = {
-        name: str(value) for name, value in vars(given).items() if name not in ("data", "runs", "results")
-    }
+    unimportant = ("data", "runs", "results", "teacher", "pretrained", "run", "timed_rows")
+    settings = {name: value for name, value in vars(given).items() if name not in unimportant}
+    if rows.setdefault("settings", settings) != settings:
+        parser.error(
+            f"{output} has rows with other settings: {rows['settings']}. Repeat them, or name other --results."
+        )
+    teacher = bench.reference["records"]
     rows["teacher"] = {
-        "metric": bench.function(
-            bench.reference["records"].logits[:, 0].numpy(), bench.reference["records"].known_labels()
-        ),
+        "metric": bench.function(teacher.logits[:, 0].numpy(), teacher.known_labels()),
+        "name": bench.metric,
         "rows": {name: len(part) for name, part in bench.data.raw.items()},
     }
     for name, job in jobs(bench).items():
@@ -323,6 +393,8 @@ def main() -> None:
             rows[name] = job()
             output.write_text(json.dumps(rows, indent=1))
             print(name, json.dumps(rows[name]), flush=True)
+    rows["comparisons"] = bench.comparisons()
+    output.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

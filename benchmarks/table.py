@@ -29,6 +29,9 @@ def main() -> None:
         "peers": peers_table(),
         "promises": promises_table(),
         "curves": curves_table(),
+        "difficulty": difficulty_table(),
+        "cascades": cascades_table(),
+        "cascade-clock": cascade_clock_table(),
     }
     text = PAGE.read_text()
     for name, table in tables.items():
@@ -38,10 +41,8 @@ def main() -> None:
 
 
 def runs() -> list[tuple[str, dict]]:
-    files = sorted(
-        (HERE / "results").glob("*-*-*.json"), key=lambda file: (TASKS.index(file.stem.split("-")[0]), file.stem)
-    )
-    return [(file.stem, json.loads(file.read_text())) for file in files]
+    found = [(task, file) for task in TASKS for file in sorted((HERE / "results").glob(f"{task}-*-*.json"))]
+    return [(file.stem, json.loads(file.read_text())) for _, file in found]
 
 
 def tasks_table() -> str:
@@ -196,6 +197,88 @@ def curves_table() -> str:
             cells = [f"{point['speedup']:.2f}x" for point in points.values()]
             rows.append([f"{name} ({found['full_depth_accuracy']:.3f})", way, *cells])
     return markdown_table(["run (accuracy at full depth)", "thresholds", "0", "0.5", "1", "2 points lost"], rows)
+
+
+TARGETS = ("2x", "3x", "4x", "6x", "8x")
+VARIANTS_OF_FIRST = {"none": "none", "difficulty": "difficulty-aware", "random": "difficulty shuffled (control)"}
+WAYS = {
+    "first-none": "cascade, first member of {layers} layer(s)",
+    "student-2": "cascade, first member of 2 layers",
+    "student-3": "cascade, first member of 3 layers",
+    "cascade-slim": "cascade, slim model first",
+    "assistant-entropy": "exits of the assistant, entropy",
+    "assistant-patience": "exits of the assistant, patience",
+    "slim-entropy": "exits of the slim model, entropy",
+    "slim-patience": "exits of the slim model, patience",
+}
+
+
+def cascade_runs() -> list[tuple[str, dict]]:
+    """Name and figures of every run of benchmarks/cascade.py that is complete."""
+    found = []
+    for task in TASKS:
+        for file in sorted((HERE / "results").glob(f"cascade-{task}-*.json")):
+            run = json.loads(file.read_text())
+            if "comparisons" in run:
+                found.append((file.stem.removeprefix("cascade-"), run))
+    return found
+
+
+def difficulty_table() -> str:
+    """What difficulty-aware training does to the first member and its cascade, beside the control."""
+    rows = []
+    for name, run in cascade_runs():
+        for variant, said in VARIANTS_OF_FIRST.items():
+            first, compared = run[f"first-{variant}"], run["comparisons"]
+            moved = compared.get(f"first-{variant} alone: DIS")
+            cells = [name, said, f"{first['metric']:.4f}", f"{first['dis']:.4f}", _interval(moved)]
+            rows.append([*cells, *(_at(first["cascade"][target]) for target in TARGETS[:3])])
+    header = ["run", "first member", "alone", "DIS", "DIS against none, points"]
+    return markdown_table([*header, *(f"cascade, {target}" for target in TARGETS[:3])], rows)
+
+
+def cascades_table() -> str:
+    """Every way of answering at counted speed-ups over the teacher, and how far it is from the first way."""
+    rows = []
+    for name, run in cascade_runs():
+        teacher = run["teacher"]
+        rows.append(
+            [f"{name}, {teacher['name']}", "the last member alone", f"{teacher['metric']:.4f} at 1x", *[""] * 4]
+        )
+        for way, said in WAYS.items():
+            if way in run:
+                at = run[way].get("cascade", run[way])
+                cells = []
+                for target in TARGETS:
+                    moved = run["comparisons"].get(f"{way} at {target}: metric")
+                    cells.append(" ".join(filter(None, (_at(at[target]), moved and f"[{_interval(moved)}]"))))
+                rows.append([name, said.format(layers=run["settings"]["layers"]), *cells])
+        for layers in run["settings"]["student_layers"]:
+            student = run[f"student-{layers}"]
+            alone = f"{student['metric']:.4f} at {student['speedup']:.1f}x"
+            rows.append([name, f"student of {layers} layer(s) alone", alone, *[""] * (len(TARGETS) - 1)])
+    return markdown_table(["run", "answered by", *TARGETS], rows)
+
+
+def cascade_clock_table() -> str:
+    """The formula, the count and the clock, when half of the rows leave at the first member."""
+    rows = []
+    for name, run in cascade_runs():
+        for lengths, said in (("fixed_length", "64 tokens"), ("real_lengths", "real lengths")):
+            found = run["formula-and-clock"][lengths]
+            low, high = found["measured_quartiles"]
+            cells = [name, said, f"{found['leaving']:.1%}", f"{found['formula']:.3f}", f"{found['counted']:.3f}"]
+            rows.append([*cells, f"{found['measured']:.2f} ({low:.2f} to {high:.2f})"])
+            rows[-1].append(f"{found['measured_over_formula']:.2f}")
+    return markdown_table(["run", "texts", "leaving", "formula", "counted", "measured", "measured / formula"], rows)
+
+
+def _at(found: dict) -> str:
+    return "out of reach" if "unreachable" in found else f"{found['metric']:.4f} ({found['speedup']:.2f}x)"
+
+
+def _interval(moved: list[float] | None) -> str:
+    return "" if moved is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in moved))
 
 
 def _task(file: Path) -> str:

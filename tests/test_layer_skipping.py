@@ -56,8 +56,10 @@ def test_a_stock_classifier_becomes_one_that_skips_and_leaves(models, tmp_path):
     summary = (result.model_path / "SUMMARY.md").read_text()
     assert "Asked for: 2 layers." in summary and str(tmp_path) not in json.dumps(report) + summary
     assert (result.model_path / "pareto.png").exists() and (result.model_path / "skipping.png").exists()
+    card = (result.model_path / "README.md").read_text()
+    assert result.skipping.describe() in card and f"{result.rows[-1].metrics[result.metric]:.4f}" in card
     assert not [name for name in model.state_dict() if "contrast" in name]
-    assert drop_exit_figures(result.model_path) is False  # there is no card to make of it
+    assert drop_exit_figures(result.model_path) is True
     report = json.loads((result.model_path / "layer_skipping.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["model as given", "all layers", "skipping"]
     assert report["curve"] == [] == report["classes"] and not (result.model_path / "SUMMARY.md").exists()

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from helpers import random_batch, tiny_config, tiny_model
 from hf_costeff import ExitConfig
 from hf_costeff.guarantees import describe_promise
-from hf_costeff.model_card import CompressionCard, TrainingCard, how_to_use, write_model_card
+from hf_costeff.model_card import CompressionCard, SkippingCard, TrainingCard, how_to_use, write_model_card
 
 GOLDEN = Path(__file__).parent / "golden_model_card.md"
 CALIBRATION = {
@@ -259,6 +259,40 @@ def test_a_card_of_ours_is_brought_up_to_date_and_one_of_yours_is_not_touched(tm
     (tmp_path / "README.md").write_text("Mine.")
     write_model_card(tmp_path, "org/slim")
     assert (tmp_path / "README.md").read_text() == "Mine."
+
+
+def skipping_report(gated: bool = True, **changes) -> dict:
+    report = make_report(model="org/bert", gates="attention" if gated else "none", target_layers=3.0)
+    report["rows"] = [line("model as given", 0.9, 8_000_000, 2e6, [1.0]), *report["rows"][2:]]
+    shares = {
+        "rows": 40,
+        "layers_run": 2.5,
+        "shares": [0.5, 0.5, 0.5, 0.0],
+        "class_shares": {},
+        "paths": {"1 4": 0.75, "4": 0.25},
+    }
+    del report["settings"]["teacher"], report["settings"]["recipe"], report["settings"]["compression"]
+    return {**report, "skipping": shares if gated else None, **changes}
+
+
+@pytest.mark.parametrize("exit_config", [SETTINGS, None, {**SETTINGS, "calibration": None}])
+def test_a_model_that_skips_layers_has_a_card_of_its_own(exit_config):
+    config = tiny_config(exit_config=exit_config, skip_gates="attention")
+    card = str(SkippingCard("org/gated", skipping_report(), config, True).render())
+    assert "a gate before each decides, text by text, whether to skip it; easy texts leave early" in card
+    assert "75% take the commonest, layers 1 4" in card and "![Share of texts that skip each layer]" in card
+    assert "base_model: org/bert" in card and "2303.09266" in card and "layers to run 3.0" in card
+    assert "{hu2023smartbert" in card and "{shen2022costeff" in card and "`layer_skipping.json`" in card
+    values = [result.metric_value for result in ModelCard(card).data.eval_results]
+    assert values == ([0.88, 0.87] if exit_config == SETTINGS else [0.88])
+    assert ("No exit settings are stored" in card) == (exit_config is None)
+    for word in ("None", "Unknown", "nan", "More Information", "{{", "{%"):
+        assert word not in card.replace("{{COST-EFF}", "").replace("{{SmartBERT}", "")
+
+
+def test_a_card_of_exits_alone_says_nothing_of_gates():
+    card = str(SkippingCard("org/exits", skipping_report(gated=False), tiny_config(exit_config=SETTINGS)).render())
+    assert "gate before" not in card and "## Skipping" not in card and "easy texts leave early" in card
 
 
 def test_without_a_record_of_a_run_the_card_claims_nothing(tmp_path):

@@ -264,7 +264,8 @@ class BlockPruning(StagedRun):
             data_collator=self.collator,
             processing_class=self.tokenizer,
         )
-        return self._run_trainer(trainer)
+        trained, record = self._run_trainer(trainer)
+        return trained, {**record, "loss_weights": trainer.loss_weights}
 
     def _metrics(self, model: PreTrainedModel, name: str) -> dict[str, float]:
         logits = collect_exit_logits(model, self.data.validation, self.collator, description=f"Validating the {name}")

@@ -30,9 +30,10 @@ from .exit_criteria import REGRESSION, ExitConfig
 from .exit_replay import ExitLogits, ExitReplay
 from .gating import add_skip_gates
 from .group_outcomes import class_outcomes
+from .model_card import write_model_card
 from .modeling_costeff import CostEffForSequenceClassification
 from .recipes import Phase
-from .report import SKIPPING, describe_hardware
+from .report import SKIPPING, describe_hardware, without_folders
 from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
 from .skip_training import check_target_layers
 from .staged_run import Stage, StagedRun
@@ -184,6 +185,7 @@ class LayerSkipping(StagedRun):
         """Load the model and the rows and add the gates, so that what cannot work is known before training."""
         super().__init__(arguments.output_dir, arguments.seed)
         self.arguments = arguments
+        self.data_arguments = data if isinstance(data, DataArguments) else None
         given, self.missing = load_unfinished_classifier(arguments.model, dtype=torch.float32)
         if self.missing and isinstance(given, CostEffForSequenceClassification):
             load_classifier(arguments.model)  # says what is missing
@@ -195,7 +197,7 @@ class LayerSkipping(StagedRun):
         rows = prepare_data(
             data,
             tokenizer,
-            arguments=data if isinstance(data, DataArguments) else None,
+            arguments=self.data_arguments,
             teacher_config=None if self.missing else given.config,
             max_positions=longest_text(given.config),
         )
@@ -243,7 +245,12 @@ class LayerSkipping(StagedRun):
             name = f"exits-{fingerprint(repr(getattr(self.arguments, name)) for name in OF_EXITS)[:8]}"
             stages.append(Stage.of_model(name, partial(self._train_exits, name)))
         self._go_through(stages, self._settings())
-        return self._report(self._load(stages[-1].name))
+        return self._report(stages)
+
+    def _named_settings(self) -> dict[str, Any]:
+        """What was asked for, where the rows came from included, as a report tells it."""
+        rows = {} if self.data_arguments is None else vars(self.data_arguments)
+        return {**rows, **vars(self.arguments)}
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.arguments)
@@ -309,7 +316,8 @@ class LayerSkipping(StagedRun):
             data_collator=self.collator,
             processing_class=self.tokenizer,
         )
-        return self._run_trainer(trainer)
+        trained, record = self._run_trainer(trainer)
+        return trained, {**record, "loss_weights": trainer.loss_weights}
 
     # The report
 
@@ -331,8 +339,8 @@ class LayerSkipping(StagedRun):
             found.append(Contender("skipping and early exit" if gated else "early exit", model, own, settings))
         return found
 
-    def _report(self, model: PreTrainedModel) -> LayerSkippingResult:
-        folder = self.output_dir
+    def _report(self, stages: list[Stage]) -> LayerSkippingResult:
+        folder, model = self.output_dir, self._load(stages[-1].name)
         for each in (model, self.given):
             each.set_attn_implementation("sdpa")
         settings = None
@@ -367,6 +375,8 @@ class LayerSkipping(StagedRun):
             "exit_config": None if settings is None else settings.to_dict(),
             "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
             "data": self.data.summary(),
+            "settings": {name: without_folders(value) for name, value in self._named_settings().items()},
+            "stages": {stage.name: self.store.record(stage.name) for stage in stages},
             "hardware": describe_hardware(self.device),
         }
         (folder / SKIPPING).write_text(json.dumps(facts, indent=1))
@@ -374,4 +384,5 @@ class LayerSkipping(StagedRun):
         draw_pareto_chart(folder / "pareto.png", rows, curve, self.metric)
         if skipping is not None:
             draw_skip_chart(folder / "skipping.png", skipping)
+        write_model_card(folder, folder.name)
         return result

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -19,6 +19,8 @@ from .group_outcomes import GroupOutcome
 from .guarantees import describe_promise
 from .hub import CARD, MARKER, TAGS, is_written_by_hand, plain_card, read_json
 from .markdown import markdown_table, quoted
+from .report import COMPRESSION, SKIPPING
+from .skip_diagnostics import SkipDiagnostics
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_CLASSES = 10
@@ -32,6 +34,11 @@ SETTINGS = {
     "embedding_rank": "embedding rank",
     "token_replacement_rate": "tokens replaced",
     "allocation": "allocation",
+    "gates": "gates",
+    "target_layers": "layers to run",
+    "skip_weight": "weight of the incentive to skip",
+    "hard_gate_ratio": "share of hard weights",
+    "contrastive_weight": "weight of the contrast between layers",
     "exit_pooling": "exits look at",
     "metric": "chosen by",
     "precision": "precision",
@@ -41,12 +48,12 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class CompressionCard:
-    """A card from what stands in a model's folder. A sentence whose measurement is missing is left out.
+class ReportCard:
+    """A card from the report of a recipe. A sentence whose measurement is missing is left out.
 
     Args:
         name: How the model is called where the card will be read: `org/name`, or a folder's name.
-        report: What `efficiency.json` holds.
+        report: What `FILE` holds.
         config: The model's.
         chart: Whether `pareto.png` lies beside.
     """
@@ -56,33 +63,25 @@ class CompressionCard:
     config: CostEffConfig
     chart: bool = False
 
-    @property
-    def rows(self) -> list[ReportRow]:
-        """The measured lines that still hold: early exit only under the settings that the model has now."""
-        rows = [ReportRow(**row) for row in self.report["rows"]]
-        return rows if self.report["exit_config"] in (None, self.config.exit_config) else rows[:-1]
-
-    @property
-    def early_exit_holds(self) -> bool:
-        """Whether the last line is early exit under the settings that the model has now."""
-        return self.report["exit_config"] is not None and self.report["exit_config"] == self.config.exit_config
+    FILE: ClassVar[str]
+    SOURCE: ClassVar[str]
+    """The setting that names what the model was made from."""
+    OTHERS: ClassVar[tuple[str, ...]]
+    """Names of the measured lines that are of other models."""
+    PAPERS: ClassVar[tuple[str, ...]]
+    """What to cite."""
 
     def render(self) -> ModelCard:
         """The card, metadata and text."""
-        report, settings = self.report, self.report["settings"]
-        teacher, slim = self.rows[0], self.rows[-1]
-        source = public_name(settings.get("teacher"))
-        hardware = report["hardware"]
+        report, settings, hardware = self.report, self.report["settings"], self.report["hardware"]
         calibrated = (self.config.exit_config or {}).get("calibration")
+        source = public_name(settings.get(self.SOURCE))
         return ModelCard.from_template(
             self.metadata(),
             template_path=str(TEMPLATES / "model_card.md"),
             marker=MARKER,
             name=self.name,
-            exit_layers=", ".join(map(str, self.config.exit_layers)),
-            teacher=f"[{source}](https://huggingface.co/{source})" if source else "a local teacher",
-            parameters=f"{slim.parameters:,}",
-            smaller=f"{teacher.parameters / slim.parameters:.1f}",
+            what=self.what(f"[{source}](https://huggingface.co/{source})" if source else None),
             use=how_to_use(self.name, self.config, pair=len(report["data"]["text_columns"]) == 2),
             validation_rows=f"{report['data']['rows']['validation']:,}",
             dataset_phrase=self.dataset_phrase(),
@@ -91,6 +90,7 @@ class CompressionCard:
             hardware=f"{hardware['accelerator'] or hardware['cpu']} (threads: {hardware['threads']})",
             timed=f"batches of {' and '.join(map(str, TIMED_BATCHES))} texts",
             chart=self.chart,
+            skipping=self.skipping(),
             exit_table=self.exit_table(),
             exit_note=self.exit_note(),
             calibration=None if calibrated is None else describe_calibration(calibrated),
@@ -103,14 +103,38 @@ class CompressionCard:
             + ".",
             stage_table=self.stage_table(),
             train_rows=f"{report['data']['rows']['train']:,}",
-            citation=citation(),
+            record=self.FILE,
+            citation=citation(*self.PAPERS),
         )
+
+    def what(self, source: str | None) -> str:
+        """What the model is and what it was made from.
+
+        Args:
+            source: A link to that; `None` if it has no public name.
+        """
+        raise NotImplementedError
+
+    def skipping(self) -> str:
+        """What the gates do; empty without any."""
+        return ""
+
+    @property
+    def rows(self) -> list[ReportRow]:
+        """The measured lines that still hold: early exit only under the settings that the model has now."""
+        rows = [ReportRow(**row) for row in self.report["rows"]]
+        return rows if self.report["exit_config"] in (None, self.config.exit_config) else rows[:-1]
+
+    @property
+    def early_exit_holds(self) -> bool:
+        """Whether the last line is early exit under the settings that the model has now."""
+        return self.report["exit_config"] is not None and self.report["exit_config"] == self.config.exit_config
 
     def metadata(self) -> ModelCardData:
         """What the Hub reads: base model, data set, and results on a data set that the Hub knows."""
         settings = self.report["settings"]
         known: dict[str, Any] = {}
-        if teacher := public_name(settings.get("teacher")):
+        if teacher := public_name(settings.get(self.SOURCE)):
             known["base_model"] = teacher
         if source := public_name(settings.get("dataset")):
             known["datasets"] = [source]
@@ -125,7 +149,8 @@ class CompressionCard:
                     metric_name=f"{self.report['metric']}, {row.name}",
                     metric_value=row.metrics[self.report["metric"]],
                 )
-                for row in self.rows[2:]
+                for row in self.rows
+                if row.name not in self.OTHERS
             ]
             known["model_name"] = self.name
         return ModelCardData(
@@ -164,7 +189,7 @@ class CompressionCard:
     def class_note(self) -> str:
         """Where the classes are that the table has no room for."""
         more = len(self.classes) - SHOWN_CLASSES
-        return f"{more} classes more are in `efficiency.json`." if more > 0 else ""
+        return f"{more} classes more are in `{self.FILE}`." if more > 0 else ""
 
     def who_pays(self) -> str:
         """Which class pays for early exit, as far as it was measured."""
@@ -208,8 +233,10 @@ class CompressionCard:
             notes.append(f"The {self.report['metric']} is on the rows held out for choosing settings.")
         if self.early_exit_holds:
             notes.append("Shares are on the validation rows.")
-        else:
+        elif self.config.exit_config is not None:
             notes.append("The exit settings were replaced after these measurements, so shares are not told.")
+        else:
+            notes.append("No exit settings are stored: choose some by calibration, or name a threshold.")
         return " ".join(notes)
 
     def stage_table(self) -> str:
@@ -227,6 +254,58 @@ class CompressionCard:
         columns = ["stage", "steps", "batch size", "learning rate", "losses", "minutes"]
         columns += ["heads, neurons, embedding rank"]
         return markdown_table(columns, lines)
+
+
+@dataclass(frozen=True)
+class CompressionCard(ReportCard):
+    """The card of a compressed model."""
+
+    FILE = COMPRESSION
+    SOURCE = "teacher"
+    OTHERS = ("teacher", "assistant")
+    PAPERS = ("costeff",)
+
+    def what(self, source: str | None) -> str:
+        """Slim, and how much smaller than its teacher."""
+        teacher, slim = self.rows[0], self.rows[-1]
+        return (
+            f"A slim encoder classifier with exits after layers {', '.join(map(str, self.config.exit_layers))}: easy "
+            f"texts leave early, hard ones run all layers.\nIt was made from {source or 'a local teacher'} by "
+            "[COST-EFF](https://arxiv.org/abs/2210.15523) with\n`hf_costeff`: "
+            f"{slim.parameters:,} parameters, {teacher.parameters / slim.parameters:.1f} times fewer than the teacher."
+        )
+
+
+@dataclass(frozen=True)
+class SkippingCard(ReportCard):
+    """The card of a model that was trained to skip layers."""
+
+    FILE = SKIPPING
+    SOURCE = "model"
+    OTHERS = ("model as given",)
+    PAPERS = ("smartbert", "costeff")
+
+    def what(self, source: str | None) -> str:
+        """How many layers, and the two ways to save some."""
+        config, ways = self.config, []
+        if config.skip_gates is not None:
+            ways.append("a gate before each decides, text by text, whether to skip it")
+        if len(config.exit_layers) > 1:
+            ways.append(f"easy texts leave early, after one of layers {', '.join(map(str, config.exit_layers))}")
+        return (
+            f"An encoder classifier of {config.num_hidden_layers} layers: {'; '.join(ways)}.\nIt was made from "
+            f"{source or 'a local checkpoint'} by [SmartBERT](https://arxiv.org/abs/2303.09266) with\n"
+            "`hf_costeff`."
+        )
+
+    def skipping(self) -> str:
+        """How many layers a text runs, and whether that depends on the text."""
+        found = self.report["skipping"]
+        return "" if found is None else SkipDiagnostics(**found).describe()
+
+
+CARDS: tuple[type[ReportCard], ...] = (SkippingCard, CompressionCard)
+"""By the report that lies in the folder, the first that is there: layers may be skipped by a compressed model."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +354,7 @@ class TrainingCard:
             exit_table=self.exit_table(),
             step=f"{self.evaluation.get('step', 0):,}",
             training=self.training,
-            citation=citation(),
+            citation=citation("costeff"),
         )
 
     def exit_table(self) -> str:
@@ -311,9 +390,14 @@ def public_name(name: str | None) -> str | None:
     return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def citation() -> str:
-    """What to cite, as a block of BibTeX."""
-    return (TEMPLATES / "citation.md").read_text(encoding="utf-8").rstrip()
+def citation(*papers: str) -> str:
+    """What to cite, as a block of BibTeX.
+
+    Args:
+        papers: Names of files in `templates/citations`.
+    """
+    entries = ((TEMPLATES / "citations" / f"{paper}.bib").read_text(encoding="utf-8") for paper in papers)
+    return f"```bibtex\n{''.join(entries)}```"
 
 
 def how_to_use(name: str, config: CostEffConfig, pair: bool = False) -> str:
@@ -352,7 +436,7 @@ def write_model_card(folder: str | Path, name: str, license: str | None = None) 
     stays.
 
     Args:
-        folder: A saved model, with the `efficiency.json` of its run or without.
+        folder: A saved model, with the report of its run or without.
         name: How the model is called where the card will be read.
         license: The Hub's identifier of a licence, e.g. `apache-2.0`; `None` states none that was not stated before.
 
@@ -367,12 +451,11 @@ def write_model_card(folder: str | Path, name: str, license: str | None = None) 
         return
     if license is None and card.exists():
         license = ModelCard.load(card).data.license
-    report = folder / "efficiency.json"
-    if report.exists():
-        config = CostEffConfig.from_pretrained(folder)
-        chart = (folder / "pareto.png").exists()
-        written = CompressionCard(name, read_json(report), config, chart).render()
-    else:
+    kind = next((kind for kind in CARDS if (folder / kind.FILE).exists()), None)
+    if kind is None:
         written = plain_card(name, folder)
+    else:
+        chart = (folder / "pareto.png").exists()
+        written = kind(name, read_json(folder / kind.FILE), CostEffConfig.from_pretrained(folder), chart).render()
     written.data.license = license
     card.write_text(f"{str(written).rstrip()}\n", encoding="utf-8")

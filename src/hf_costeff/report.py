@@ -76,7 +76,7 @@ def drop_exit_figures(folder: str | Path) -> bool:
         folder: A saved model, with the report of its run or without.
 
     Returns:
-        Whether there was the report of a compression, of which a card can be made.
+        Whether there was a report, of which a card can be made.
 
     Raises:
         ValueError: If a report is damaged.
@@ -90,7 +90,7 @@ def drop_exit_figures(folder: str | Path) -> bool:
             file.write_text(json.dumps(report, indent=1))
     for name in ("SUMMARY.md", "pareto.png") if reports else ():
         (folder / name).unlink(missing_ok=True)
-    return folder / COMPRESSION in reports
+    return bool(reports)
 
 
 def without_folders(value: Any) -> Any:
