@@ -33,11 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 
 from hf_costeff import CostEffCascade, CostEffTrainer, CostEffTrainingArguments, ExitConfig, convert_from_stock
 from hf_costeff.calibration import ExitSearch, choose_exit_config
 from hf_costeff.cascade_costs import cascade_flops, member_flops
+from hf_costeff.checkpoints import load_tokenizer
 from hf_costeff.data import DataArguments, make_collator, prepare_data
 from hf_costeff.difficulty import difficulty_labels, mark_hard_rows
 from hf_costeff.distillation import bf16_pays, prepared, training_arguments
@@ -61,7 +62,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.teacher = AutoModelForSequenceClassification.from_pretrained(given.teacher).to(self.device).eval()
         self.bf16 = bf16_pays(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(given.teacher)
+        self.tokenizer = load_tokenizer(given.pretrained)  # a stage of a run has none beside it
         self.collator = make_collator(self.tokenizer)
         self.folder = Path(given.runs) / f"cascade-{given.task}-{given.seed}"
         self.metric = METRIC.get(given.task, "accuracy")

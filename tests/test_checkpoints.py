@@ -127,3 +127,10 @@ def test_a_long_list_of_weights_is_cut_short(slim):
     )
     with pytest.raises(ValueError, match=r"lacks weights .* and 11 more\. Without them its answers mean nothing"):
         load_classifier(str(slim))
+
+
+@pytest.mark.parametrize("make", [tiny_bert, tiny_model])
+def test_a_checkpoint_without_a_tokenizer_is_not_read_with_an_empty_one(make, tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"The tokenizer of .* cannot be loaded: .*tokenizer.save_pretrained"):
+        load_tokenizer(str(tmp_path / "model"))

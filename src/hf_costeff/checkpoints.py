@@ -88,7 +88,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     remedy = f"Save the one the model was trained with beside it: tokenizer.save_pretrained({name!r})."
     with _clear_errors(name, "tokenizer of", remedy):
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # upstream found no files
+            raise ValueError(f"there is none, and one of {len(tokenizer)} special tokens knows no word")
+        return tokenizer
 
 
 @contextmanager
