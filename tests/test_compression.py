@@ -56,6 +56,7 @@ def few_steps(rows: int, num_attention_heads: int, num_labels: int = 2) -> Recip
         representation=Phase(1, 1e-3, max_steps=2),
         prediction=Phase(1, 1e-3, max_steps=4),
         token_replacement_rate=0.2,
+        soft_label_exit="last",
         exit_pooling="cls",
         batch_size=8,
     )
@@ -251,6 +252,7 @@ def test_every_stage_trains_on_its_own_losses_and_layers_are_compared_without_eq
     assert {stage: args.token_replacement_rate for stage, args in given.items() if args.token_replacement_rate} == {
         "prediction": 0.2
     }
+    assert [stage for stage, args in given.items() if args.soft_label_exit == "last"] == ["prediction"]
     assert {stage for stage, args in given.items() if args.load_best_model_at_end} == {"assistant", "prediction"}
     assert {given[stage].metric_for_best_model for stage in ("assistant", "prediction")} == {"mean_exit_accuracy"}
     assert scored == [equilibrium, equilibrium]

@@ -669,6 +669,19 @@ def test_a_multi_exit_teacher_without_an_exit_there_teaches_by_its_next_deeper_o
     assert signals.hidden_states == ()
 
 
+def test_the_last_exit_of_a_multi_exit_teacher_teaches_every_exit_if_asked_for(tmp_path):
+    student, teacher = tiny_model(**NO_DROPOUT), tiny_model(seed=3)
+    trainer = make_trainer(tmp_path, student, teacher, soft_label_exit="last", representation_weight=0, **SGD)
+    rows = token_rows(4)
+    batch = batch_of(rows)
+    with torch.no_grad():
+        wanted = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.softmax(-1)
+        given = student(batch["input_ids"], attention_mask=batch["attention_mask"]).exit_logits
+    expected = -sum((wanted * logits.log_softmax(-1)).sum(-1).mean() for logits in given)
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_stock_teachers_one_answer_teaches_every_exit_and_its_inputs_may_hold_more_than_it_takes():
     student, teacher = tiny_model(exit_layers=[1, 4]), tiny_bert()
     batch = batch_of(token_rows(4))
@@ -701,6 +714,7 @@ def test_bf16_training_stays_close_to_single_precision(tmp_path):
         ({"soft_label_weight": math.nan}, "`soft_label_weight` is nan"),
         ({"representation_weight": -0.1}, "`representation_weight` is -0.1"),
         ({"representation_only_ratio": 1.5}, r"`representation_only_ratio` is 1.5. It must lie in 0\.\.1"),
+        ({"soft_label_exit": "first"}, r"`soft_label_exit` is 'first'. It must be one of same, last"),
         ({"token_replacement_rate": -0.1}, r"`token_replacement_rate` is -0.1. It must lie in 0\.\.1"),
         ({"temperature": 0.0}, "`temperature` is 0.0. It must be above 0"),
     ],

@@ -292,8 +292,10 @@ class Compression(StagedRun):
             )
             latest = "representation"
         before_prediction = latest
-        rate = self.arguments.token_replacement_rate
-        changes = {"token_replacement_rate": self.recipe.token_replacement_rate if rate is None else rate}
+        changes = {
+            name: getattr(self.recipe if getattr(self.arguments, name) is None else self.arguments, name)
+            for name in ("token_replacement_rate", "soft_label_exit")
+        }
         yield Stage.of_model(
             "prediction",
             lambda: self._recover("prediction", before_prediction, self.recipe.prediction, **changes),

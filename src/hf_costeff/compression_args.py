@@ -9,6 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 from .configuration_costeff import EXIT_POOLINGS
 from .recipes import RECIPES
 from .slenderization import ALLOCATIONS, Widths, describe_widths
+from .training_args import SOFT_LABEL_EXITS
 
 
 @dataclass
@@ -45,6 +46,10 @@ class CompressionArguments:
         default=None,
         metadata={"help": "Share of tokens replaced in the last phase; 0 for grammar tasks. Default: the recipe's."},
     )
+    soft_label_exit: str | None = field(
+        default=None,
+        metadata={"help": "The assistant's exit that teaches each exit last: same (depth) or last. Default: recipe's."},
+    )
     fine_tune_teacher: bool = field(
         default=True, metadata={"help": "Fine-tune the teacher first if it has no classification head."}
     )
@@ -72,12 +77,15 @@ class CompressionArguments:
         if self.exit_pooling not in (None, *EXIT_POOLINGS):
             raise ValueError(f"`exit_pooling` is {self.exit_pooling!r}. It must be one of {', '.join(EXIT_POOLINGS)}.")
         for name, choices in (
+            ("soft_label_exit", (None, *SOFT_LABEL_EXITS)),
             ("recipe", RECIPES),
             ("allocation", ALLOCATIONS),
             ("precision", ("auto", "fp32", "bf16")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}. It must be one of {', '.join(choices)}.")
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}. It must be one of {', '.join(filter(None, choices))}."
+                )
         for name in ("compression", "flops_ratio"):
             value = getattr(self, name)
             if value is not None and not value >= 1:

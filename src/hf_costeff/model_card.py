@@ -33,6 +33,7 @@ SETTINGS = {
     "intermediate_size": "neurons per layer",
     "embedding_rank": "embedding rank",
     "token_replacement_rate": "tokens replaced",
+    "soft_label_exit": "soft labels from the exit of depth",
     "allocation": "allocation",
     "gates": "gates",
     "target_layers": "layers to run",

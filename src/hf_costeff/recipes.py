@@ -53,6 +53,7 @@ class Recipe:
         representation: Recovery on hidden states alone.
         prediction: Recovery on predictions and hidden states together.
         token_replacement_rate: Of the texts in that phase, see [`CostEffTrainingArguments`].
+        soft_label_exit: Which exit of the assistant teaches each exit in that phase, see [`CostEffTrainingArguments`].
         exit_pooling: What the exits look at, see [`CostEffConfig`].
         batch_size: Rows per optimizer step.
     """
@@ -69,6 +70,7 @@ class Recipe:
     representation: Phase
     prediction: Phase
     token_replacement_rate: float
+    soft_label_exit: str
     exit_pooling: str
     batch_size: int = 32
 
@@ -95,6 +97,7 @@ def fast_recipe(rows: int, num_attention_heads: int, num_labels: int = 2) -> Rec
         representation=Phase(1, 3e-4, min_steps=300, max_steps=2000),
         prediction=Phase(3, 3e-4, min_steps=max(1500, for_classes), max_steps=10_000),
         token_replacement_rate=0.15,
+        soft_label_exit="same",
         exit_pooling="mean",
     )
 
@@ -140,6 +143,7 @@ def paper_recipe(rows: int, num_attention_heads: int, num_labels: int = 2) -> Re
         representation=Phase(representation, 3e-5),
         prediction=Phase(prediction, 2e-5),
         token_replacement_rate=0.0,
+        soft_label_exit="same",
         exit_pooling="cls",
     )
 

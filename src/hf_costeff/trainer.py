@@ -61,11 +61,12 @@ class TeacherSignals:
 class Teacher:
     """A frozen classifier and how its layers and exits map onto a student's.
 
-    Student layer l of L answers to teacher layer round(l * T / L) of T, so equal depths match layer to layer. A stock
-    classifier has one exit, its own, which teaches every exit of the student.
+    Student layer l of L answers to teacher layer round(l * T / L) of T, so equal depths match layer to layer, and so do
+    exits. With `soft_label_exit` `"last"` the teacher's last exit teaches every exit of the student; a stock classifier
+    has no other.
     """
 
-    def __init__(self, model: PreTrainedModel, student: CostEffConfig) -> None:
+    def __init__(self, model: PreTrainedModel, student: CostEffConfig, soft_label_exit: str = "same") -> None:
         """Freeze the teacher and check that it can teach.
 
         Raises:
@@ -88,6 +89,8 @@ class Teacher:
             next(index for index, layer in enumerate(exits) if layer >= self.hidden_indices[student_exit])
             for student_exit in student.exit_layers
         ]
+        if soft_label_exit == "last":
+            self.exit_indices = [len(exits) - 1] * len(student.exit_layers)
 
     def signals(self, inputs: dict[str, Any], hidden_states: bool) -> TeacherSignals:
         """Run the teacher without gradients on inputs that may hold more than it takes."""
@@ -247,7 +250,7 @@ class CostEffTrainer(ResumableTrainer):
         self.loss_weights = {"task_loss": args.task_weight if args.task_weight is not None else float(teacher is None)}
         self.teacher: Teacher | None = None
         if teacher is not None:
-            self.teacher = Teacher(teacher.to(args.device), config)
+            self.teacher = Teacher(teacher.to(args.device), config, args.soft_label_exit)
             self.loss_weights["soft_label_loss"] = args.soft_label_weight
             self.loss_weights["representation_loss"] = args.representation_weight
             if args.representation_weight and not self.teacher.same_width:

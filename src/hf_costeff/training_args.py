@@ -10,6 +10,7 @@ WEIGHTS = (
     *("task_weight", "soft_label_weight", "representation_weight", "difficulty_weight"),
     *("skip_weight", "contrastive_weight", "exit_contrastive_weight"),
 )
+SOFT_LABEL_EXITS = ("same", "last")
 TRAINED_PARTS = ALL, BACKBONE, EXITS = ("all", "backbone", "exits")
 
 
@@ -21,6 +22,8 @@ class CostEffTrainingArguments(TrainingArguments):
         task_weight: Weight of the true labels at all exits. `None`: 1 without a teacher, 0 with one, because
             COST-EFF trains the student on soft labels and representations alone.
         soft_label_weight: Weight of the teacher's predictions at all exits; unused without a teacher.
+        soft_label_exit: Which exit of a multi-exit teacher teaches an exit of the student: `"same"`, the one at its
+            depth (COST-EFF), or `"last"`, whose answers are better than those of exits that are weak themselves.
         representation_weight: Weight of the teacher's hidden states at all layers; unused without a teacher.
         temperature: Divisor of both logits in the soft-label loss, above 0; the method uses 1.
         representation_only_ratio: Share of the steps, from the start, that train on representations alone, in 0..1.
@@ -54,6 +57,9 @@ class CostEffTrainingArguments(TrainingArguments):
 
     task_weight: float | None = field(default=None, metadata={"help": "Weight of the true labels at all exits."})
     soft_label_weight: float = field(default=1.0, metadata={"help": "Weight of the teacher's predictions."})
+    soft_label_exit: str = field(
+        default="same", metadata={"help": "The teacher's exit that teaches each exit: same (depth) or last."}
+    )
     representation_weight: float = field(default=1.0, metadata={"help": "Weight of the teacher's hidden states."})
     temperature: float = field(default=1.0, metadata={"help": "Divisor of the logits in the soft-label loss."})
     representation_only_ratio: float = field(
@@ -99,7 +105,6 @@ class CostEffTrainingArguments(TrainingArguments):
         for name in ("contrastive_temperature", "exit_contrastive_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0; the paper's are about 0.5.")
-        if self.trained_parts not in TRAINED_PARTS:
-            raise ValueError(
-                f"`trained_parts` is {self.trained_parts!r}. It must be one of {', '.join(TRAINED_PARTS)}."
-            )
+        for name, known in (("trained_parts", TRAINED_PARTS), ("soft_label_exit", SOFT_LABEL_EXITS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}. It must be one of {', '.join(known)}.")
