@@ -25,6 +25,7 @@ from hf_costeff.evaluation import collect_exit_logits
 from hf_costeff.exit_criteria import answers
 from hf_costeff.exit_replay import ExitLogits, ExitReplay
 from hf_costeff.metrics import METRICS, paired_bootstrap
+from hf_costeff.training_args import SOFT_LABEL_EXITS
 
 PAPER_RATIO = 19
 TASKS = ("sst2", "mrpc", "cola", "rte", "stsb", "qnli", "mnli", "clinc150")
@@ -47,11 +48,13 @@ def main() -> None:
     parser.add_argument("--compression", type=float, default=8)
     parser.add_argument("--embedding_rank", type=int)
     parser.add_argument("--token_replacement_rate", type=float)
+    parser.add_argument("--soft_label_exit", choices=SOFT_LABEL_EXITS)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--runs", default="runs")
     given = parser.parse_args()
     rank = "" if given.embedding_rank is None else f"-rank{given.embedding_rank}"
-    name = f"{given.task}-{given.recipe}{rank}-{given.seed}"
+    soft = "" if given.soft_label_exit is None else f"-{given.soft_label_exit}"
+    name = f"{given.task}-{given.recipe}{rank}{soft}-{given.seed}"
     default_teacher = "minilm-l6-sst2" if given.task == "sst2" else "all-minilm-l6-v2"
     options = {
         "dataset_config": None if given.task == "clinc150" else given.task,
@@ -60,6 +63,7 @@ def main() -> None:
         "compression": given.compression,
         "embedding_rank": given.embedding_rank,
         "token_replacement_rate": given.token_replacement_rate,
+        "soft_label_exit": given.soft_label_exit,
         "seed": given.seed,
         **SPLITS.get(given.task, {}),
     }
@@ -74,6 +78,7 @@ def main() -> None:
         "compression",
         "embedding_rank",
         "token_replacement_rate",
+        "soft_label_exit",
         "allocation",
         "events",
         "exit_pooling",
