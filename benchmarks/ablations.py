@@ -5,9 +5,10 @@
 Every variant starts from the assistant of a finished run (benchmarks/real_run.py), is slenderized in one shot and
 recovers for the same number of steps, so that only the named thing differs:
 
-    base            exit-aware importance, assistant as teacher, exits trained jointly
+    base            exit-aware importance, assistant as teacher, exit by exit, exits trained jointly
     final-exit      importance from the final exit alone
     single-exit     the single-exit teacher instead of the assistant
+    last-exit       the assistant's last exit teaches all exits
     two-stage       backbone and final exit first, then the other exits on the frozen backbone, half the steps each
     squat           the first half of the layers, wider, instead of all layers
     random          units kept at random: the control for importance
@@ -42,7 +43,7 @@ from hf_costeff.slenderization import Budget, SlenderizationPlan, Widths, descri
 from hf_costeff.trainer import Teacher
 from real_run import METRIC, SPLITS, best_at_flops
 
-VARIANTS = ("base", "final-exit", "single-exit", "two-stage", "squat", "random")
+VARIANTS = ("base", "final-exit", "single-exit", "last-exit", "two-stage", "squat", "random")
 
 
 @dataclass
@@ -150,6 +151,12 @@ def single_exit_teacher(setting: Setting) -> CostEffForSequenceClassification:
     return model
 
 
+def last_exit_of_assistant(setting: Setting) -> CostEffForSequenceClassification:
+    model = setting.slim(setting.assistant, setting.importance(slice(None)))
+    setting.train(model, setting.assistant, setting.steps, soft_label_exit="last")
+    return model
+
+
 def two_stage_exits(setting: Setting) -> CostEffForSequenceClassification:
     """First the backbone and the final exit, then all other exits with everything else frozen."""
     joint = setting.slim(setting.assistant, setting.importance(slice(-1, None)))
@@ -191,6 +198,7 @@ RUNS: dict[str, Callable[[Setting], CostEffForSequenceClassification]] = {
     "base": base,
     "final-exit": final_exit_importance,
     "single-exit": single_exit_teacher,
+    "last-exit": last_exit_of_assistant,
     "two-stage": two_stage_exits,
     "squat": squat,
     "random": random_units,

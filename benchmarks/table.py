@@ -17,7 +17,7 @@ from hf_costeff.markdown import markdown_table
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 TASKS = ("sst2", "mrpc", "cola", "rte", "stsb", "qnli", "mnli", "clinc150")
-VARIANTS = ("base", "final-exit", "random", "single-exit", "two-stage", "squat")
+VARIANTS = ("base", "final-exit", "random", "single-exit", "last-exit", "two-stage", "squat")
 
 
 def main() -> None:
