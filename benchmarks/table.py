@@ -24,6 +24,7 @@ def main() -> None:
     tables = {
         "tasks": tasks_table(),
         "seeds": seeds_table(),
+        "soft-labels": soft_labels_table(),
         "clock": clock_table(),
         "ablations": ablation_table(),
         "peers": peers_table(),
@@ -40,9 +41,38 @@ def main() -> None:
     PAGE.write_text(text)
 
 
+SAME = "-same-"
+"""In the name of a run whose exits learn from the assistant's exits at their depths, as in the paper."""
+
+
+def all_runs() -> dict[str, dict]:
+    files = (file for task in TASKS for file in sorted((HERE / "results").glob(f"{task}-*-*.json")))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
 def runs() -> list[tuple[str, dict]]:
-    found = [(task, file) for task in TASKS for file in sorted((HERE / "results").glob(f"{task}-*-*.json"))]
-    return [(file.stem, json.loads(file.read_text())) for _, file in found]
+    """Every run of the recipe as it is; the paper's soft labels where there is no other."""
+    found = all_runs()
+    return [(name, run) for name, run in found.items() if SAME not in name or name.replace(SAME, "-") not in found]
+
+
+def soft_labels_table() -> str:
+    """What is kept of the teacher with soft labels from the same exit and from the last, all else alike."""
+    found, rows = all_runs(), []
+    for name, last in found.items():
+        same = found.get("-".join([*name.split("-")[:-1], "same", name.split("-")[-1]]))
+        if SAME not in name and same is not None:
+            kept = []
+            for run in (same, last):
+                teacher, metric = run["rows"][0]["metrics"][run["metric"]], run["metric"]
+                kept.append(
+                    [run["rows"][2]["metrics"][metric] / teacher, run["at_paper_flops"]["early_exit"] / teacher]
+                )
+                kept[-1].append(run["at_paper_flops"]["on_validation_texts"]["early_exit"] / teacher)
+            cells = [f"{before:.1%} / {after:.1%}" for before, after in zip(*kept, strict=True)]
+            rows.append([name, last["metric"], *cells])
+    header = ["run", "metric", "full depth, same / last", "chosen for 1/19, same / last"]
+    return markdown_table([*header, "1/19 on these texts, same / last"], rows)
 
 
 def tasks_table() -> str:
