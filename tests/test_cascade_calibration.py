@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ import torch
 from datasets import Dataset
 
 from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
-from hf_costeff import CostEffCascade, ExitConfig, calibrate, evaluation
+from hf_costeff import CostEffCascade, CostEffCascadeConfig, ExitConfig, calibrate, evaluation
+from hf_costeff.calibration import ExitSearch, choose_exit_config
 from hf_costeff.cascade_costs import cascade_flops
 from hf_costeff.data import make_collator
 from hf_costeff.evaluation import collect_member_logits, row_keys
-from hf_costeff.exit_replay import ExitReplay, ExitTimes
+from hf_costeff.exit_replay import ExitLogits, ExitReplay, ExitTimes
 
 INNER = ExitConfig(threshold=0.6).to_dict()
 COLLATOR = make_collator(word_tokenizer())
@@ -167,6 +170,57 @@ def test_rows_that_the_last_member_may_have_seen_come_with_a_warning(cascade, ro
                 cascade, [shorter, rows, rows], COLLATOR, max_disagreement=9, trained_keys=trained, show_progress=False
             )
         assert ("of 240 calibration rows have texts that the model was trained on" in caplog.text) == warned
+
+
+def with_an_idle_middle(members: int, rows: int = 400, seed: int = 0) -> ExitLogits:
+    """The first member is right where it is sure; the middle ones know no more than it, and the last everything."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % 2
+    sign = 2.0 * labels - 1
+    sureness = 4 * torch.rand(rows, generator=generator)
+    first = torch.where((sureness < 1.8) & (torch.rand(rows, generator=generator) < 0.5), -sign, sign) * sureness
+    middle = [first + 0.3 * torch.randn(rows, generator=generator) for _ in range(members - 2)]
+    values = torch.stack([first, *middle, 8 * sign], dim=1)
+    costs = torch.tensor([1.0, *[6.0] * (members - 2), 12.0]).expand(rows, -1)
+    return ExitLogits(torch.stack([-values, values], -1), torch.full((rows,), 5), labels, member_flops=costs)
+
+
+def config_of(members: int) -> CostEffCascadeConfig:
+    return CostEffCascadeConfig(members=[tiny_bert(num_labels=2).config] * members)
+
+
+@pytest.mark.parametrize("goal", [{"target_speedup": 2.0}, {"max_accuracy_drop": 1.0}])
+@pytest.mark.parametrize("members", [3, 4])
+def test_a_middle_member_that_knows_no_more_than_the_first_is_left_out(members, goal):
+    """As good, and as cheap, as the best of all choices of members tried one by one."""
+    records, config = with_an_idle_middle(members), config_of(members)
+    early = range(1, members)
+    tried = {}
+    for chosen in (list(own) for size in early for own in combinations(early, size)):
+        search = ExitSearch(checked_exits=chosen)
+        with suppress(ValueError):  # out of reach
+            tried[tuple(chosen)] = choose_exit_config(records, config, "accuracy", search=search, **goal).calibration
+    assert max(
+        tried, key=lambda own: tried[own]["early_exit" if "target_speedup" in goal else "speedup_over_full_depth"]
+    ) == (1,)
+    settings = choose_exit_config(records, config, "accuracy", **goal)
+    assert settings.checked_exits == [1] and settings.calibration == tried[1,]
+
+
+def test_of_many_members_only_the_first_ones_are_left_out():
+    counts = {
+        members: {
+            goal: len(ExitSearch().paths(ExitReplay(with_an_idle_middle(members), config_of(members)), goal))
+            for goal in ("max_accuracy_drop", "target_speedup")
+        }
+        for members in (2, 3, 5, 6)
+    }
+    assert counts == {
+        2: {"max_accuracy_drop": 1, "target_speedup": 1},
+        3: {"max_accuracy_drop": 3, "target_speedup": 4},
+        5: {"max_accuracy_drop": 15, "target_speedup": 26},
+        6: {"max_accuracy_drop": 5, "target_speedup": 15},
+    }
 
 
 def test_a_speedup_beyond_the_first_member_is_refused(cascade, rows):

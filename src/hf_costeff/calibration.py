@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, repeat
+from itertools import combinations, pairwise, repeat
 from operator import itemgetter
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .calibration_goals import BUDGETS, GOALS, check_goal, default_criterion
+from .configuration_cascade import CostEffCascadeConfig
 from .exit_criteria import (
     CRITERIA,
     MULTI_LABEL,
@@ -50,6 +51,7 @@ ERROR_LEVELS = (0.0, *np.geomspace(0.0005, 1.0, 100).tolist())
 TEMPERATURES = (0.05, 20.0)  # where temperatures are looked for
 FEWEST_ROWS = 20  # to fit temperatures on
 RESAMPLES = 200  # to tell two settings apart
+MOST_LEFT_OUT = 4  # members before the last of which each may be left out; of more, only the first ones
 
 
 def fit_temperatures(records: ExitLogits, problem_type: str, asked: np.ndarray | None = None) -> list[float]:
@@ -262,7 +264,7 @@ class ExitSearch:
         per_exit: One threshold per exit, not one for all.
         fit_temperatures: Fit a temperature per exit before the thresholds; otherwise they stay 1.
         checked_exits: Layers whose exit is checked, as in [`ExitConfig`]; `None`: chosen too, the first of them and the
-            deepest at which anybody may still be in.
+            deepest at which anybody may still be in. Of a cascade of up to five members, any of them before the last.
     """
 
     criterion: str | None = None
@@ -287,9 +289,10 @@ class ExitSearch:
     def paths(self, replay: ExitReplay, goal: str) -> list[SettingsPath]:
         """The settings to try on these rows: paths from careful to bold, one for each choice of exits to check.
 
-        Checked are all exits from some exit on, and the first path checks them all. A path ends with everybody leaving
-        at the first of them whose layer it runs. Where a budget must be kept whatever it costs, it goes on from there
-        to earlier exits; the ones behind stay for the rows that skip.
+        The first path checks all exits, the others all from some exit on; of a cascade of few members any, because a
+        member that is asked costs its whole run. A path ends with everybody leaving at the first of them whose layer it
+        runs. Where a budget must be kept whatever it costs, it goes on from there to earlier exits; the ones behind
+        stay for the rows that skip.
         """
         criterion = self.criterion_for(replay.problem_type)
         temperatures: float | list[float] = 1.0
@@ -307,21 +310,34 @@ class ExitSearch:
         if self.checked_exits is not None:
             return [(path(checked_exits=self.checked_exits),)]
         early = replay.config.exit_layers[:-1]
-        paths: list[SettingsPath] = [
-            (path(),),
-            *((path(checked_exits=early[start:]),) for start in range(1, len(early))),
-        ]
+        wholes, runs = _exits_to_check(early, isinstance(replay.config, CostEffCascadeConfig))
+        found = {chosen: path(checked_exits=list(chosen)) for chosen in wholes}
+        paths: list[SettingsPath] = [(path(),), *((own,) for own in found.values())]
         if goal not in BUDGETS:
             return paths
         skips = replay.records.skipped is not None
+        from_exit = {layer: tuple(early[start:]) for start, layer in enumerate(early)}
         return paths + [
             (
-                *paths[deepest],
-                path(checked_exits=early[start : None if skips else deepest + 1], deepest_exit=early[deepest]),
+                found[from_exit[run[-1]]],
+                path(checked_exits=list(from_exit[run[0]] if skips else run), deepest_exit=run[-1]),
             )
-            for deepest in range(1, len(early))
-            for start in range(deepest)
+            for run in runs
         ]
+
+
+def _exits_to_check(early: list[int], any_of_them: bool) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Exits that may be checked instead of all, and those of which at the deepest everybody leaves.
+
+    Args:
+        early: Layers of all exits but the last.
+        any_of_them: Whether each may be left out, if they are few; otherwise only the first and the deepest ones.
+    """
+    if any_of_them and len(early) <= MOST_LEFT_OUT:
+        subsets = [chosen for size in range(len(early), 0, -1) for chosen in combinations(early, size)]
+        return subsets[1:], [chosen for chosen in subsets if len(chosen) > 1]
+    runs = [tuple(early[start : deepest + 1]) for deepest in range(1, len(early)) for start in range(deepest)]
+    return [tuple(early[start:]) for start in range(1, len(early))], runs
 
 
 def choose_exit_config(
@@ -342,7 +358,7 @@ def choose_exit_config(
 ) -> ExitConfig:
     """Exit settings from exactly one goal: which exits are checked, and the limit at which a row leaves.
 
-    For each exit that may be checked first there is a path of settings from careful to bold. With a largest loss, each
+    For each choice of exits to check there is a path of settings from careful to bold. With a largest loss, each
     path gives the boldest setting such that it and every more careful one keep to it on these rows, and the one with
     the fewest FLOPs is taken, or the least time if times are given. With a budget (`target_speedup`, `max_latency_ms`),
     each gives the most careful one that keeps to it, and the one with the best metric is taken, if it stands out from
