@@ -204,6 +204,31 @@ def test_it_saves_one_file_with_a_prefix_per_member_and_loads_alike(cascade, bat
     torch.testing.assert_close(before.logits, after.logits, rtol=0, atol=1e-6)
 
 
+def test_members_of_several_precisions_get_the_widest_and_keep_their_values(batch, tmp_path):
+    members = [distilbert().bfloat16(), tiny_model(seed=6), tiny_bert(seed=5).half()]
+    weights = [{name: tensor.float() for name, tensor in member.state_dict().items()} for member in members]
+    CostEffCascade.from_members(members).save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in again.parameters()} == {torch.float32}
+    for member, before in zip(again.members, weights, strict=True):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in member.state_dict().items())
+    both = CostEffCascade.from_members([tiny_bert().half(), tiny_bert(seed=5).half()])
+    assert {tensor.dtype for tensor in both.parameters()} == {torch.float16}
+
+
+def test_its_precision_is_asked_for_as_of_any_model(cascade, tmp_path):
+    cascade.save_pretrained(tmp_path)
+    cascade.bfloat16().save_pretrained(tmp_path / "half")
+    for folder, dtype, expected in (
+        (tmp_path, torch.bfloat16, torch.bfloat16),
+        (tmp_path, "auto", torch.float32),
+        (tmp_path / "half", "auto", torch.bfloat16),
+        (tmp_path / "half", torch.float32, torch.float32),
+    ):
+        again = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+        assert {tensor.dtype for tensor in again.parameters() if tensor.is_floating_point()} == {expected}
+
+
 def test_settings_of_members_that_change_later_are_saved_too(cascade, tmp_path):
     cascade.members[1].config.exit_config = ExitConfig(threshold=0.125).to_dict()
     cascade.config.save_pretrained(tmp_path)

@@ -170,9 +170,9 @@ def _is_folder(name: Any) -> bool:
 
 
 def _values_of(member: PreTrainedConfig) -> dict[str, Any]:
-    """What differs from the defaults; nothing of where the member was loaded from."""
+    """What differs from the defaults; nothing of where the member was loaded from, nor its precision, the cascade's."""
     values = member.to_diff_dict()
-    return {name: value for name, value in values.items() if name not in ("transformers_version", "auto_map")}
+    return {name: value for name, value in values.items() if name not in ("transformers_version", "auto_map", "dtype")}
 
 
 def _config_of(member: Any) -> PreTrainedConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -42,10 +43,10 @@ class CostEffCascadePrediction(CostEffPrediction):
 
 
 def build_member(config: PreTrainedConfig) -> PreTrainedModel:
-    """An empty classifier of a member's own configuration."""
+    """An empty classifier of a member's own configuration, in torch's default precision, which loading sets."""
     if config.model_type == CostEffConfig.model_type:  # which only an importer of this package has registered
         return CostEffForSequenceClassification(config)
-    return AutoModelForSequenceClassification.from_config(config)
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.get_default_dtype())
 
 
 class CostEffCascade(CostEffPreTrainedModel):
@@ -74,11 +75,12 @@ class CostEffCascade(CostEffPreTrainedModel):
     ) -> CostEffCascade:
         """A cascade of these very models; they are not copied.
 
-        [`hf_costeff.cascade.make_cascade`] also loads them, puts them in the order of their cost and compares their
-        tokenizers.
+        A saved model has one precision, so all members get the widest of theirs, in place. The order is taken as it is,
+        and so is that all read the same token indices: [`hf_costeff.cascade.make_cascade`] also loads members, puts
+        them in the order of their cost and compares their tokenizers.
 
         Args:
-            members: Sequence classifiers, smallest first.
+            members: Sequence classifiers, smallest first: the cascade asks them in this order, whatever they cost.
             member_tokenizers: As in [`CostEffCascadeConfig`].
 
         Raises:
@@ -91,7 +93,8 @@ class CostEffCascade(CostEffPreTrainedModel):
             cascade = cls(config)
         cascade.members = nn.ModuleList(members)
         config.members = [member.config for member in members]
-        return cascade.to(members[-1].device).train(members[-1].training)
+        dtypes = [tensor.dtype for tensor in cascade.parameters() if tensor.is_floating_point()]
+        return cascade.to(members[-1].device, reduce(torch.promote_types, dtypes)).train(members[-1].training)
 
     def member(self, index: int) -> PreTrainedModel:
         """A member by its place in the list, counted from 0."""
