@@ -217,6 +217,8 @@ def test_members_of_several_precisions_get_the_widest_and_keep_their_values(batc
 
 
 def test_its_precision_is_asked_for_as_of_any_model(cascade, tmp_path):
+    for member in cascade.members:
+        member.config.dtype = torch.float32  # as loading leaves it
     cascade.save_pretrained(tmp_path)
     cascade.bfloat16().save_pretrained(tmp_path / "half")
     for folder, dtype, expected in (
@@ -226,7 +228,9 @@ def test_its_precision_is_asked_for_as_of_any_model(cascade, tmp_path):
         (tmp_path / "half", torch.float32, torch.float32),
     ):
         again = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
-        assert {tensor.dtype for tensor in again.parameters() if tensor.is_floating_point()} == {expected}
+        assert {tensor.dtype for tensor in again.parameters()} == {expected}
+    again = CostEffCascade.from_pretrained(tmp_path, config=cascade.config, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in again.parameters()} == {torch.bfloat16}
 
 
 def test_settings_of_members_that_change_later_are_saved_too(cascade, tmp_path):
