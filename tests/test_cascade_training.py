@@ -162,6 +162,39 @@ def test_a_member_with_a_head_is_taken_as_it_is_and_gives_the_labels(checkpoints
     assert result.hard_share is None and cascade.members[0].config.id2label == {0: "bad", 1: "good"}
 
 
+def finished(folder, name: str, *labels: str, **sizes) -> None:
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    tiny_bert(
+        seed=len(name), num_labels=len(labels), **sizes, **(names if labels[0] != "LABEL_0" else {})
+    ).save_pretrained(folder / name)
+    word_tokenizer().save_pretrained(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (("good", "bad"), ("bad", "good"), {0: "bad", 1: "good"}),
+        (("bad", "good"), ("good", "bad"), {0: "good", 1: "bad"}),
+        (("bad", "good"), ("LABEL_0", "LABEL_1"), {0: "bad", 1: "good"}),
+    ],
+)
+def test_members_with_heads_and_other_orders_of_labels_are_judged_on_the_same_rows(
+    checkpoints, first, second, expected
+):
+    finished(checkpoints, "first", *first, num_hidden_layers=1)
+    finished(checkpoints, "second", *second, num_hidden_layers=2)
+    result = train_cascade(arguments(checkpoints, "first", "second"), data(checkpoints))
+    cascade, tokenizer = load_cascade(result.path)
+    assert cascade.config.id2label == expected
+    with open(checkpoints / "held_out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for member, names, exit in zip(cascade.members, (first, [*expected.values()]), result.exits, strict=True):
+        with torch.no_grad():
+            said = [int(member(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()) for row in rows]
+        right = [names[answer] == row["label"] for answer, row in zip(said, rows, strict=True)]
+        assert exit.metric == pytest.approx(np.mean(right))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -23,7 +23,7 @@ from .cascade import make_cascade, save_cascade
 from .cascade_costs import classifier_flops
 from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
 from .checksums import fingerprint_of
-from .configuration_cascade import FEWEST_MEMBERS
+from .configuration_cascade import FEWEST_MEMBERS, match_labels, naming_member
 from .conversion import longest_text
 from .data import DataArguments, PreparedData, make_collator, prepare_data
 from .difficulty import HARD, RIGHT_FILE, RULES, Difficulty, check_hard_rows, difficulty_labels, mark_hard_rows
@@ -150,7 +150,7 @@ def train_cascade(
 
     Args:
         arguments: Members and training.
-        data_arguments: Rows. The last member with a head decides the labels.
+        data_arguments: Rows. The last member with a head decides the labels, or the last that has names for them.
         dataset: Loaded rows, instead of those that `data_arguments` names.
 
     Raises:
@@ -180,8 +180,10 @@ class CascadeTraining(StagedRun):
     def run(self) -> CascadeResult:
         """Go through the stages that are not done yet, then put the members together and look at their exits."""
         loaded = [load_unfinished_classifier(name, dtype=torch.float32) for name in self.names]
-        finished = [model for model, missing in loaded if not missing]
-        self.label_config = finished[-1].config if finished else None
+        finished = [model.config for model, missing in loaded if not missing]
+        self.label_config = naming_member(finished) if finished else None
+        if finished:
+            match_labels(finished)
         self.rows = [
             self._prepare(model, tokenizer) for (model, _), tokenizer in zip(loaded, self.tokenizers, strict=True)
         ]

@@ -24,10 +24,15 @@ def label_names(config: PreTrainedConfig) -> list[str] | None:
     return None if all(name == f"label_{label}" for label, name in enumerate(names)) else names
 
 
+def naming_member(configs: Sequence[PreTrainedConfig]) -> PreTrainedConfig:
+    """The member whose labels the cascade takes: the last that has names, or the last of all if none has."""
+    return next((config for config in reversed(configs) if label_names(config) is not None), configs[-1])
+
+
 def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
     """Where the labels of every member stand among its own logits, in the order of the last member.
 
-    Labels are matched by name, without case; by position where one side has no names but LABEL_0, LABEL_1, ...
+    Labels are matched by name, without case; by position for a member that has no names but LABEL_0, LABEL_1, ...
 
     Args:
         configs: Of the members.
@@ -36,7 +41,8 @@ def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
         For every member one position per label; `None` where the order is that of the last member.
 
     Raises:
-        ValueError: Label sets or problem types that differ; both sides are named.
+        ValueError: Label sets or problem types that differ, or orders that differ while the last member has no names;
+            both sides are named.
 
     Example:
         >>> from transformers import BertConfig
@@ -44,8 +50,9 @@ def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
         >>> match_labels([BertConfig(id2label=id2label) for id2label in names])
         [[1, 0], None]
     """
-    last = configs[-1]
-    wanted, kind = label_names(last), problem_type_of(last)
+    last, naming = configs[-1], naming_member(configs)
+    wanted, kind = label_names(naming), problem_type_of(last)
+    other = "the last member" if naming is last else f"member {configs.index(naming) + 1}"
     found: list[list[int] | None] = []
     for number, config in enumerate(configs, start=1):
         names = label_names(config)
@@ -56,14 +63,20 @@ def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
             )
         if names is None or wanted is None or names == wanted:
             found.append(None)
-        elif sorted(names) == sorted(wanted) and len(set(names)) == len(names):
-            found.append([names.index(name) for name in wanted])
-        else:
+            continue
+        sides = f"Member {number} has the labels {list(config.id2label.values())} and {other} "
+        sides += f"{list(naming.id2label.values())}"
+        if sorted(names) != sorted(wanted) or len(set(names)) < len(names):
             raise ValueError(
-                f"Member {number} has the labels {list(config.id2label.values())} and the last member "
-                f"{list(last.id2label.values())}. They must be the same names, in any order. If they mean the same, "
-                "give both the same `id2label`."
+                f"{sides}. They must be the same names, in any order. If they mean the same, give both the same "
+                "`id2label`."
             )
+        if naming is not last:
+            raise ValueError(
+                f"{sides}, in another order, and the last member has no names, so nobody knows which of them its "
+                "LABEL_0 is. Give the last member its `id2label`."
+            )
+        found.append([names.index(name) for name in wanted])
     return found
 
 
@@ -71,7 +84,8 @@ def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
 class CostEffCascadeConfig(PreTrainedConfig):
     """Configuration of [`CostEffCascade`]: complete models of growing cost, tried one after the other.
 
-    Labels, their order and the problem type are those of the last member (CascadeBERT, Li et al. 2021).
+    The order of the labels and the problem type are those of the last member, names those of the last one that has some
+    (CascadeBERT, Li et al. 2021).
 
     Args:
         members: Configurations of the members, smallest first, at least two: objects or their dicts. Any sequence
@@ -104,10 +118,9 @@ class CostEffCascadeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.members = [_config_of(member) for member in self.members or ()]
         if self.members and getattr(self, "id2label", None) is None and kwargs.get("num_labels") is None:
-            last = self.members[-1]
-            self.id2label = dict(last.id2label)
+            self.id2label = dict(naming_member(self.members).id2label)
             self.label2id = {name: label for label, name in self.id2label.items()}
-            self.problem_type = problem_type_of(last)
+            self.problem_type = problem_type_of(self.members[-1])
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
