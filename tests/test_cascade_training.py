@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import logging
+import math
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from hf_costeff import CostEffCascade, CostEffTrainingArguments, cascade_trainin
 from hf_costeff.cascade_training import CascadeArguments, MemberTrainer, train_cascade
 from hf_costeff.cli import main
 from hf_costeff.data import DataArguments, make_collator
-from hf_costeff.difficulty import mark_hard_rows
+from hf_costeff.difficulty import Difficulty, mark_hard_rows
 from hf_costeff.evaluation import exit_reliability
 
 COLLATOR = make_collator(word_tokenizer())
@@ -153,6 +155,64 @@ def test_only_the_smallest_member_learns_difficulty_and_a_run_goes_on(checkpoint
     assert len(calls) == 7 and again.hard_share == result.hard_share
 
 
+def test_other_difficulty_settings_go_on_in_the_same_folder_from_the_answers_that_hold(checkpoints, monkeypatch):
+    calls: list[tuple] = []
+
+    def told(rows, *_, folds, seeds, **__):
+        """A third of the rows is right under one seed alone, a third under all but the first, and a third under all."""
+        calls.append((folds, len(seeds)))
+        right = np.ones((len(rows), len(seeds)), dtype=bool)
+        right[: len(rows) // 3, 1:], right[len(rows) // 3 : 2 * len(rows) // 3, 0] = False, False
+        return Difficulty(right)
+
+    def noted(self, *args, **kwargs):
+        hard = round(float(np.mean(self.train_dataset["hard"])), 1) if self.args.difficulty_weight else None
+        calls.append((hard, self.args.difficulty_weight, self.args.difficulty_margin))
+
+    monkeypatch.setattr(cascade_training, "difficulty_labels", told)
+    monkeypatch.setattr(MemberTrainer, "train", noted)
+    first = {"difficulty_seeds": 3}
+    plain = (None, 0.0, 0.5)
+    for changes, expected in (
+        (first, [(2, 3), (0.7, 0.5, 0.5), plain]),
+        ({**first, "difficulty_rule": "majority"}, [(0.3, 0.5, 0.5)]),
+        ({**first, "difficulty_margin": 0.25}, [(0.7, 0.5, 0.25)]),
+        ({**first, "difficulty_weight": 0.25}, [(0.7, 0.25, 0.5)]),
+        ({**first, "difficulty_weight": 0.0}, [plain]),
+        ({"difficulty_seeds": 2}, [(2, 2), (0.7, 0.5, 0.5)]),
+        ({**first, "difficulty_folds": 3}, [(3, 3), (0.7, 0.5, 0.5)]),
+        (first, []),
+    ):
+        calls.clear()
+        train_cascade(arguments(checkpoints, "small", "large", **changes), data(checkpoints))
+        assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "said"),
+    [
+        ({"epochs": 0.25}, {}, "epochs was 0.5, now 0.25"),
+        ({}, {"max_length": 4}, r"max_length was \[24, 24\], now \[4, 4\]"),
+    ],
+)
+def test_members_of_another_run_are_not_taken(checkpoints, changes, rows, said, monkeypatch):
+    monkeypatch.setattr(MemberTrainer, "train", lambda *_, **__: None)
+    plain = {"difficulty_weight": 0.0}
+    train_cascade(arguments(checkpoints, "small", "large", **plain), data(checkpoints))
+    with pytest.raises(ValueError, match=said):
+        train_cascade(arguments(checkpoints, "small", "large", **plain, **changes), data(checkpoints, **rows))
+
+
+def test_where_all_rows_are_alike_difficulty_is_left_out_with_a_warning(checkpoints, monkeypatch, caplog):
+    easy = Difficulty(np.ones((60, 2), dtype=bool))
+    monkeypatch.setattr(cascade_training, "difficulty_labels", lambda *_, **__: easy)
+    with caplog.at_level(logging.WARNING):
+        result = train_cascade(arguments(checkpoints, "small", "large"), data(checkpoints))
+    assert result.hard_share == 0 and "Of 60 rows none are hard" in caplog.text and "--difficulty_rule" in caplog.text
+    [stage] = (result.path / "stages").glob("member-1-*")
+    assert json.loads((stage / "stage.json").read_text())["difficulty_weight"] == 0
+
+
 def test_a_member_with_a_head_is_taken_as_it_is_and_gives_the_labels(checkpoints):
     result = train_cascade(arguments(checkpoints, "small", "whole", difficulty_weight=0), data(checkpoints))
     cascade, _ = load_cascade(result.path)
@@ -202,6 +262,8 @@ def test_members_with_heads_and_other_orders_of_labels_are_judged_on_the_same_ro
         ({"difficulty_margin": 2}, "difficulty_margin"),
         ({"difficulty_rule": "most"}, "all, majority"),
         ({"difficulty_weight": -1}, "difficulty_weight"),
+        ({"difficulty_weight": math.nan}, "difficulty_weight"),
+        ({"difficulty_folds": 1}, "`difficulty_folds` is 1. It must be at least 2"),
     ],
 )
 def test_settings_out_of_range_are_refused(checkpoints, changes, said):
