@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
 
 from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import CostEffCascade, CostEffCascadeConfig, ExitConfig, calibrate, evaluation
@@ -18,6 +19,7 @@ from hf_costeff.cascade_costs import cascade_flops
 from hf_costeff.data import make_collator
 from hf_costeff.evaluation import collect_member_logits, row_keys
 from hf_costeff.exit_replay import ExitLogits, ExitReplay, ExitTimes
+from hf_costeff.promises import logger
 
 INNER = ExitConfig(threshold=0.6).to_dict()
 COLLATOR = make_collator(word_tokenizer())
@@ -128,6 +130,39 @@ def test_a_promise_holds_the_weights_of_all_members(cascade, rows, caplog):
             cascade.members[0].classifier.bias += 1
         predicted(cascade, rows, True)
         assert "promise is void" in caplog.text
+
+
+def bolder_inside(cascade):
+    cascade.members[0].config.exit_config = ExitConfig(threshold=1.0).to_dict()
+
+
+def other_labels(cascade):
+    cascade.members[0].config.id2label = {0: "c", 1: "b", 2: "a"}
+
+
+def recalibrated_to_the_same(cascade):
+    cascade.members[0].config.exit_config["calibration"] = {"rows": 9}
+
+
+@pytest.mark.parametrize(
+    ("change", "void"), [(bolder_inside, True), (other_labels, True), (recalibrated_to_the_same, False)]
+)
+def test_a_promise_holds_the_settings_of_all_members_and_their_order_of_labels(rows, change, void, caplog, tmp_path):
+    logger.warning_once.cache_clear()
+    names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    inner = tiny_model(seed=6, exit_config=INNER, **names)
+    cascade = CostEffCascade.from_members([inner, tiny_bert(seed=5, num_hidden_layers=8, **names)])
+    kept = {"show_progress": False, "guarantee": True, "max_disagreement": 99.0}
+    settings = calibrate(cascade, rows, COLLATOR, **kept)
+    assert "promise" in settings.calibration
+    cascade.save_pretrained(tmp_path)
+    cascade = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        predicted(cascade, rows, True)
+        assert "promise is void" not in caplog.text
+        change(cascade)
+        predicted(cascade, rows, True)
+        assert ("settings of the members. The promise is void. Run `hf-costeff cascade cal" in caplog.text) == void
 
 
 def test_members_with_other_tokenizers_take_a_data_set_each(cascade, rows):

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: `@strict` skips the type check of a field whose annotation is a string.
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -146,6 +147,16 @@ class CostEffCascadeConfig(PreTrainedConfig):
     def label_positions(self) -> list[list[int] | None]:
         """As [`match_labels`] of the members."""
         return match_labels(self.members)
+
+    @property
+    def member_settings(self) -> str:
+        """What decides the answers of the members besides their weights, as text: exit settings and orders of labels.
+
+        Records of how settings were chosen are left out.
+        """
+        chosen = [getattr(member, "exit_config", None) or {} for member in self.members]
+        settings = [{name: own[name] for name in own if name != "calibration"} for own in chosen]
+        return json.dumps([settings, self.label_positions], sort_keys=True)
 
     def validate_members(self) -> None:
         """Refuse too few members, a cascade within, and members whose labels do not agree with the last one's."""

@@ -281,7 +281,8 @@ def calibrate(
         exit_times: What the exits take on the machine that will serve, from
             [`hf_costeff.exit_times.measure_exit_times`]. `None`: FLOPs count. There are none for a cascade.
         guarantee: Whether the loss must keep to the goal on new rows of the same distribution, with probability
-            1 - `delta` over the sample. The promise names the weights; if none can be made, nobody leaves early.
+            1 - `delta` over the sample. The promise names the weights, and of a cascade the settings of its members; if
+            none can be made, nobody leaves early.
         delta: Largest chance of a broken promise, above 0 and below 1.
         criterion: A key of `CRITERIA`; `None`: entropy, for regression patience.
         per_exit: Whether every exit gets its own threshold; otherwise one serves all.
@@ -323,7 +324,11 @@ def calibrate(
         settings.calibration["trained_rows"] = trained_rows
     promise = settings.calibration.get("promise")
     if promise is not None:
-        promise["fingerprint"] = weights_fingerprint(model if isinstance(model, CostEffCascade) else model.costeff)
+        promise["fingerprint"] = (
+            weights_fingerprint(model, model.config.member_settings)
+            if isinstance(model, CostEffCascade)
+            else weights_fingerprint(model.costeff)
+        )
     if isinstance(model, CostEffCascade):
         _warn_if_dearer(settings)
     model.config.exit_config = settings.to_dict()

@@ -192,7 +192,8 @@ class CostEffCascade(CostEffPreTrainedModel):
         """
         settings = ExitConfig.resolve(early_exit, self.config.exit_config)
         plan = ExitPlan.make(settings, self.config.exit_layers, self.config.resolved_problem_type)
-        warn_if_void(self, None if settings is None else settings.calibration)
+        calibration = None if settings is None else settings.calibration
+        warn_if_void(self, calibration, settings=self.config.member_settings)
         return plan
 
     def ask_member(self, member: int, inputs: dict[str, Any], full_depth: bool = False) -> tuple[Tensor, Tensor]:
