@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification
 
 from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
@@ -84,10 +85,19 @@ def test_a_speedup_is_reached_and_kept_by_predict(cascade, rows, target):
     assert settings.calibration["speedup_over_full_depth"] == pytest.approx(whole / flops, rel=1e-6)
 
 
-def test_a_budget_is_a_speedup_of_one_over_it(cascade, rows):
+def test_a_budget_is_kept_and_stands_in_the_record(cascade, rows):
+    """FLOPs are torch's own count of `predict`, row by row."""
     _, whole = predicted(cascade, rows, False)
-    calibrate(cascade, rows, COLLATOR, target_speedup=1, reference_flops=0.7 * whole, show_progress=False)
-    assert predicted(cascade, rows, True)[1] <= 0.7 * whole
+    settings = calibrate(cascade, rows, COLLATOR, max_megaflops=0.7e-6 * whole, show_progress=False)
+    with FlopCounterMode(display=False) as counter:
+        for row in rows:
+            cascade.predict(torch.tensor([row["input_ids"]]), early_exit=True)
+    assert 0.4 * whole < counter.get_total_flops() / len(rows) <= 0.7 * whole * (1 + 1e-9)
+    assert settings.calibration["goal"] == {"max_megaflops": 0.7e-6 * whole}
+    with pytest.raises(
+        ValueError, match=r"mean of 0\.0001 million FLOPs cannot be reached: .* it is 0\.0\d+ million\. Ask"
+    ):
+        calibrate(cascade, rows, COLLATOR, max_megaflops=0.0001, show_progress=False)
 
 
 def test_a_largest_loss_is_kept_on_the_rows(cascade, rows):

@@ -291,7 +291,7 @@ def test_the_commands_train_calibrate_and_predict(checkpoints, caplog, capsys):
     assert main(["cascade", "calibrate", folder, *held_out, "--max_megaflops", "0.05", "--no_fit_temperatures"]) == 0
     assert "Saved in" in capsys.readouterr().out
     goal = load_cascade(folder)[0].config.exit_config["calibration"]["goal"]
-    assert goal == {"target_speedup": 1.0}
+    assert goal == {"max_megaflops": 0.05}
     output = checkpoints / "answers.jsonl"
     assert (
         main(["cascade", "predict", folder, "--file", str(checkpoints / "held_out.csv"), "--output", str(output)]) == 0

@@ -349,6 +349,7 @@ def choose_exit_config(
     max_metric_drop: float | None = None,
     max_disagreement: float | None = None,
     target_speedup: float | None = None,
+    max_megaflops: float | None = None,
     max_latency_ms: float | None = None,
     reference_flops: float | None = None,
     exit_times: ExitTimes | None = None,
@@ -360,11 +361,11 @@ def choose_exit_config(
 
     For each choice of exits to check there is a path of settings from careful to bold. With a largest loss, each
     path gives the boldest setting such that it and every more careful one keep to it on these rows, and the one with
-    the fewest FLOPs is taken, or the least time if times are given. With a budget (`target_speedup`, `max_latency_ms`),
-    each gives the most careful one that keeps to it, and the one with the best metric is taken, if it stands out from
-    that with all exits checked. With `guarantee`, a third of the rows fits temperatures and chooses a path, the others
-    test it step by step, and the boldest setting proved to keep to the loss on new rows of the same distribution is
-    taken.
+    the fewest FLOPs is taken, or the least time if times are given. With a budget (`target_speedup`, `max_megaflops`,
+    `max_latency_ms`), each gives the most careful one that keeps to it, and the one with the best metric is taken, if
+    it stands out from that with all exits checked. With `guarantee`, a third of the rows fits temperatures and chooses
+    a path, the others test it step by step, and the boldest setting proved to keep to the loss on new rows of the same
+    distribution is taken.
 
     Args:
         records: Logits of all exits on held-out rows; with labels, but for `max_disagreement`.
@@ -375,6 +376,7 @@ def choose_exit_config(
         max_disagreement: Share of the rows, in points, whose answer may differ from full depth's. Needs no labels.
         target_speedup: FLOPs of the reference over FLOPs with early exit, above 0; with `exit_times`, measured time at
             full depth over time with early exit.
+        max_megaflops: Mean millions of FLOPs per row, at the rows' own lengths, above 0.
         max_latency_ms: Mean milliseconds per text, above 0. Needs `exit_times`.
         reference_flops: FLOPs per row of what the speed-up is measured against; `None`: this model at full depth.
         exit_times: How long leaving at each exit takes, measured on the machine that will serve. `None`: FLOPs count.
@@ -393,7 +395,7 @@ def choose_exit_config(
         ValueError: Not exactly one goal, a goal out of range or out of reach, or rows that cannot serve it.
     """
     search = search or ExitSearch()
-    goals = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
+    goals = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_megaflops, max_latency_ms)
     goal, limit = check_goal(
         config,
         metric,
@@ -483,19 +485,19 @@ def _reaching(
     because the best of many always looks better than it is. That it was picked among several is not allowed for, so
     this damps the choice and promises nothing.
     """
-    budget = limit if goal == "max_latency_ms" else reference / limit
+    budget = {"target_speedup": reference / limit, "max_megaflops": 1e6 * limit, "max_latency_ms": limit}[goal]
     pieces = [replay.along(*path) for path in paths]
     found = [reached for path in pieces if (reached := _most_careful(path, costs, budget)) is not None]
     if not found:
         least = min(path[-1].mean_costs(costs)[-1] for path in pieces)
-        asked, largest = (
-            (f"A mean latency of {limit:g} ms", f"{least:.3g} ms")
-            if goal == "max_latency_ms"
-            else (f"A speed-up of {limit:g}", f"{reference / least:.2f}")
-        )
+        asked, most, remedy = {
+            "target_speedup": (f"A speed-up of {limit:g}", f"{reference / least:.2f}", "less"),
+            "max_megaflops": (f"A mean of {limit:g} million FLOPs", f"{least / 1e6:.3g} million", "more"),
+            "max_latency_ms": (f"A mean latency of {limit:g} ms", f"{least:.3g} ms", "more"),
+        }[goal]
         raise ValueError(
-            f"{asked} cannot be reached: with every row leaving as early as it can it is {largest}. Ask for less, or "
-            "compress further."
+            f"{asked} cannot be reached: with every row leaving as early as it can it is {most}. Ask for {remedy}, "
+            "or compress further."
         )
     best = min(found, key=lambda exits: worse_by(0.0, exits[0].metric(metric), metric))
     return (best if _is_better(best[0], found[0][0], metric) else found[0])[1]

@@ -247,6 +247,7 @@ def calibrate(
     max_metric_drop: float | None = None,
     max_disagreement: float | None = None,
     target_speedup: float | None = None,
+    max_megaflops: float | None = None,
     max_latency_ms: float | None = None,
     reference_flops: float | None = None,
     exit_times: ExitTimes | None = None,
@@ -276,6 +277,7 @@ def calibrate(
         max_disagreement: Goal: share of the rows, in points, that may answer otherwise than full depth. Needs no
             labels.
         target_speedup: Goal: the ratio of FLOPs to reach, or with `exit_times` of time. Has no guarantee.
+        max_megaflops: Goal: millions of FLOPs per row, on average at the rows' own lengths. Has no guarantee.
         max_latency_ms: Goal: milliseconds per text, on average. Needs `exit_times`; has no guarantee.
         reference_flops: What the speed-up is measured against, FLOPs per row; `None`: this model at full depth.
         exit_times: What the exits take on the machine that will serve, from
@@ -303,7 +305,7 @@ def calibrate(
     """
     if not isinstance(model, CostEffForSequenceClassification | CostEffCascade):
         raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
-    values = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
+    values = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_megaflops, max_latency_ms)
     goals: dict[str, Any] = dict(zip(GOALS, values, strict=True))
     goals |= {"reference_flops": reference_flops, "exit_times": exit_times, "guarantee": guarantee, "delta": delta}
     accuracy = "accuracy" if max_accuracy_drop is not None else None
