@@ -17,7 +17,14 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from helpers import sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
-from hf_costeff import CostEffCascade, CostEffTrainingArguments, cascade_training, load_cascade
+from hf_costeff import (
+    CostEffCascade,
+    CostEffTrainingArguments,
+    cascade_training,
+    load_cascade,
+    make_cascade,
+    save_cascade,
+)
 from hf_costeff.cascade_training import CascadeArguments, MemberTrainer, train_cascade
 from hf_costeff.cli import main
 from hf_costeff.data import DataArguments, make_collator
@@ -314,10 +321,36 @@ def test_the_commands_say_what_is_missing(checkpoints, capsys):
             "Give exactly one of",
         ),
         (["cascade", "predict", str(checkpoints / "nowhere")], "cannot be loaded"),
-        (["cascade", "fly"], "unknown command 'cascade"),
+        (
+            ["cascade", "fly"],
+            "unknown command 'cascade fly'. Give one of: cascade train, cascade calibrate, cascade predict",
+        ),
+        (["cascade"], "unknown command 'cascade'. Give one of: cascade train"),
     ):
         assert main(words) in (1, 2)
         assert said in capsys.readouterr().err
+
+
+def test_commands_for_single_models_point_a_cascade_to_its_own(checkpoints, capsys):
+    members = [tiny_bert(num_hidden_layers=1), tiny_bert()]
+    save_cascade(*make_cascade(members, [word_tokenizer()] * 2), folder := str(checkpoints / "both"))
+    rows = ["--train_file", str(checkpoints / "train.csv")]
+    for words in (
+        ["calibrate", folder, "--target_speedup", "2"],
+        ["predict", folder, "--file", str(checkpoints / "train.csv")],
+        ["export", folder, "--output_dir", str(checkpoints / "new")],
+        ["skip", "--model", folder, *rows, "--output_dir", str(checkpoints / "new")],
+        ["block-prune", "--model", folder, *rows, "--output_dir", str(checkpoints / "new")],
+    ):
+        assert main(words) == 1
+        assert f"{folder} is a cascade, and a single model is needed" in capsys.readouterr().err
+    assert main(["cascade", "train", "--models", folder, str(checkpoints / "large"), *rows]) == 1
+    assert "A member is a cascade" in capsys.readouterr().err
+
+
+def test_a_model_named_twice_is_refused(checkpoints):
+    with pytest.raises(ValueError, match="one of them twice"):
+        arguments(checkpoints, "small", "small")
 
 
 def test_regression_has_no_difficulty_and_says_so_before_training(checkpoints):

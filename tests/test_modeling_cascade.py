@@ -279,6 +279,27 @@ def test_what_cannot_be_answered_is_refused(cascade, batch):
         cascade.predict(**batch, early_exit=ExitConfig(threshold=[0.5, 0.5]))
 
 
+def test_rows_that_a_stock_member_cannot_read_are_refused_by_name(cascade):
+    long, foreign = torch.full((2, 25), 5), torch.full((2, 4), 41)
+    for rows, said in (
+        (long, "25 tokens long"),
+        (foreign, "indices up to 41, and it has 24 positions and a vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=f"Member 1 cannot read these rows.*{said}"):
+            cascade.predict(rows, early_exit=0.5)
+        with pytest.raises(ValueError, match=f"Member 4 cannot read these rows.*{said}"):
+            cascade(rows)
+    cascade.members[3].classifier.register_forward_pre_hook(lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cascade(long[:, :5])
+
+
+def test_one_model_is_not_two_members():
+    same = tiny_bert()
+    with pytest.raises(ValueError, match="same model is given as two members"):
+        CostEffCascade.from_members([same, same])
+
+
 def test_token_indices_are_refused_where_members_read_differently(cascade, batch):
     cascade.config.member_tokenizers = ["tokenizer_1", "tokenizer_2", "tokenizer_3", ""]
     with pytest.raises(ValueError, match="predict_texts"):

@@ -112,6 +112,10 @@ class CascadeArguments:
     def __post_init__(self) -> None:
         if len(self.models) < FEWEST_MEMBERS:
             raise ValueError(f"`models` is {self.models}. A cascade takes {FEWEST_MEMBERS} or more, smallest first.")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError(
+                f"`models` is {self.models}, one of them twice. A second copy answers what the first does."
+            )
         for name, low in (("difficulty_folds", 2), ("difficulty_seeds", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. It must be at least {low}.")

@@ -188,6 +188,23 @@ class CostEffCascadeConfig(PreTrainedConfig):
         check_exit_config(self.exit_config)
 
 
+def require_single_model(config: PreTrainedConfig, what: str) -> None:
+    """Refuse a cascade where a single model is needed.
+
+    Args:
+        config: Of the model.
+        what: Its name, as the subject of a sentence.
+
+    Raises:
+        ValueError: Saying what works with cascades.
+    """
+    if config.model_type == CostEffCascadeConfig.model_type:
+        raise ValueError(
+            f"{what} is a cascade, and a single model is needed. Name its members instead; a cascade itself is served "
+            "by hf-costeff cascade calibrate, cascade predict and push."
+        )
+
+
 def _is_folder(name: Any) -> bool:
     """The model's own folder or one directly below it: names come from files that anybody may have written."""
     return isinstance(name, str) and not name.startswith(".") and "/" not in name and "\\" not in name

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
@@ -85,7 +87,13 @@ class CostEffCascade(CostEffPreTrainedModel):
 
         Raises:
             StrictDataclassError: As [`CostEffCascadeConfig`].
+            ValueError: One model as two members.
         """
+        if len({id(member) for member in members}) < len(members):
+            raise ValueError(
+                "The same model is given as two members. It would answer the same twice, and cannot be saved so: give "
+                "each model once."
+            )
         config = CostEffCascadeConfig(
             members=[member.config for member in members], member_tokenizers=member_tokenizers
         )
@@ -131,7 +139,8 @@ class CostEffCascade(CostEffPreTrainedModel):
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         last = self.member(-1)
-        return last(**_accepted(last, inputs), labels=labels, **kwargs)
+        with _telling_of_rows(len(self.members), last, input_ids):
+            return last(**_accepted(last, inputs), labels=labels, **kwargs)
 
     def predict(
         self,
@@ -159,7 +168,8 @@ class CostEffCascade(CostEffPreTrainedModel):
 
         Raises:
             ValueError: Empty batch, a row of padding only, `early_exit=True` without saved settings, settings that do
-                not fit, logits that are not finite, or members that read other token indices.
+                not fit, rows that a member cannot read, logits that are not finite, or members that read other token
+                indices.
         """
         if input_ids is None or input_ids.dim() != 2 or 0 in input_ids.shape:
             found = "None" if input_ids is None else f"of shape {tuple(input_ids.shape)}"
@@ -212,7 +222,8 @@ class CostEffCascade(CostEffPreTrainedModel):
             prediction = model.predict(**inputs, early_exit=False if full_depth else None)
             logits, exit_layer = prediction["logits"], prediction["exit_layer"]
         else:
-            logits = model(**_accepted(model, inputs)).logits
+            with _telling_of_rows(member, model, inputs["input_ids"]):
+                logits = model(**_accepted(model, inputs)).logits
             exit_layer = torch.full(logits.shape[:1], model.config.num_hidden_layers, device=logits.device)
         positions = self.config.label_positions[member - 1]
         return (logits if positions is None else logits[:, positions]), exit_layer
@@ -274,6 +285,25 @@ def _check_finite(logits: Tensor, rows: Tensor, member: int) -> None:
             f"finite: the checkpoint is broken, or too large for {logits.dtype}. Load an intact one, or use "
             "dtype=torch.float32."
         )
+
+
+@contextmanager
+def _telling_of_rows(number: int, member: PreTrainedModel, input_ids: Tensor | None) -> Iterator[None]:
+    """A clear error where a member fails on rows that are too long for it, or not of its vocabulary."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if input_ids is None or not input_ids.numel():
+            raise
+        length, highest, vocabulary = input_ids.shape[1], int(input_ids.max()), member.config.vocab_size
+        positions = getattr(member.config, "max_position_embeddings", None) or math.inf
+        if highest < vocabulary and length + 2 <= positions:  # RoBERTa counts positions from 2
+            raise
+        raise ValueError(
+            f"Member {number} cannot read these rows: they are {length} tokens long, with token indices up to "
+            f"{highest}, and it has {positions} positions and a vocabulary of {vocabulary}. Cut longer texts. If its "
+            "tokenizer is another than that of the other members, build the cascade with hf_costeff.make_cascade."
+        ) from error
 
 
 def _accepted(model: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
