@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, BertModel
 
-from helpers import sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
+from helpers import balance_gates, sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import (
     CostEffCascade,
     CostEffTrainingArguments,
@@ -29,7 +29,7 @@ from hf_costeff.cascade_training import CascadeArguments, MemberTrainer, train_c
 from hf_costeff.cli import main
 from hf_costeff.data import DataArguments, make_collator
 from hf_costeff.difficulty import Difficulty, mark_hard_rows
-from hf_costeff.evaluation import exit_reliability
+from hf_costeff.evaluation import collect_exit_logits, exit_reliability
 
 COLLATOR = make_collator(word_tokenizer())
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -60,6 +60,29 @@ def test_a_stock_member_learns_labels_and_difficulty_by_their_written_out_gradie
     (functional.cross_entropy(logits, batch["labels"]) + weight * hinge).backward()
     for (name, after), before in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(after, before - 0.05 * before.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_difficulty_is_logged_by_name_and_is_no_part_of_the_evaluation(tmp_path):
+    """Its pairs are drawn at random, so two evaluations of the same weights would differ."""
+    rows = mark_hard_rows(token_rows(8), [False, True] * 4)
+    model = tiny_bert(**NO_DROPOUT)
+    weighted = member_arguments(tmp_path, difficulty_weight=0.5, difficulty_margin=1.0, eval_on_start=True)
+    trainer = MemberTrainer(model, weighted, train_dataset=rows, eval_dataset=rows, data_collator=COLLATOR)
+    trainer.train()
+    first, step = trainer.state.log_history[:2]
+    assert first["eval_loss"] == pytest.approx(step["task_loss"], abs=1e-3) and step["difficulty_loss"] > 0
+    assert step["loss"] == pytest.approx(step["task_loss"] + 0.5 * step["difficulty_loss"], abs=1e-3)
+
+
+def test_rows_that_skip_a_layer_are_left_out_of_what_its_exit_is_worth():
+    model = balance_gates(tiny_model(skip_gates="linear", exit_pooling="mean"))
+    rows = token_rows(60)
+    records = collect_exit_logits(model, rows, COLLATOR, show_progress=False)
+    for exit, found in enumerate(exit_reliability(model, rows, COLLATOR, show_progress=False)):
+        ran = ~records.skipped[:, exit].numpy() if exit < 3 else np.ones(60, dtype=bool)
+        right = (records.logits[:, exit].argmax(-1) == records.labels).numpy()[ran]
+        assert 0 < ran.sum() < 60 or exit == 3
+        assert found.metric == pytest.approx(right.mean())
 
 
 def test_a_step_is_the_same_however_its_rows_are_accumulated(tmp_path):

@@ -26,12 +26,20 @@ from .checksums import fingerprint, fingerprint_of
 from .configuration_cascade import FEWEST_MEMBERS, match_labels, naming_member
 from .conversion import longest_text
 from .data import DataArguments, PreparedData, make_collator, prepare_data
-from .difficulty import HARD, RIGHT_FILE, RULES, Difficulty, check_hard_rows, difficulty_labels, mark_hard_rows
+from .difficulty import (
+    HARD,
+    RIGHT_FILE,
+    RULES,
+    Difficulty,
+    check_hard_rows,
+    difficulty_labels,
+    difficulty_part,
+    mark_hard_rows,
+)
 from .distillation import stage_arguments
 from .efficiency import PAPER_SEQ_LENGTH
 from .evaluation import ExitReliability, exit_reliability
 from .exit_criteria import REGRESSION
-from .losses import difficulty_loss
 from .recipes import Phase
 from .staged_run import Stage, StagedRun
 from .trainer import TeacherTrainer
@@ -45,6 +53,8 @@ OF_DIFFICULTY = (*TELLS, "difficulty_rule", "difficulty_weight", "difficulty_mar
 
 class MemberTrainer(TeacherTrainer):
     """Fine-tunes a stock classifier on true labels, with difficulty-aware regularisation where its weight is above 0.
+
+    With it, `task_loss` and `difficulty_loss` are logged by name. It takes no part in evaluation.
 
     Args:
         model: A stock sequence classifier. A model of this package has [`CostEffTrainer`].
@@ -73,9 +83,10 @@ class MemberTrainer(TeacherTrainer):
         """The task loss, plus the weighted difficulty loss of marked rows, and the model's outputs if asked for."""
         hard = inputs.pop(HARD, None)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if hard is not None and self.args.difficulty_weight:
-            part = difficulty_loss([outputs.logits], hard, self.problem_type, self.args.difficulty_margin)
-            loss = loss + self.args.difficulty_weight * part
+        parts = difficulty_part(model, [outputs.logits], hard, self.problem_type, self.args)
+        if parts:
+            self._record({"task_loss": loss, **parts})
+            loss = loss + self.args.difficulty_weight * parts["difficulty_loss"]
         return (loss, outputs) if return_outputs else loss
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
@@ -22,7 +23,9 @@ from .checksums import fingerprint
 from .configuration_costeff import problem_type_of
 from .evaluation import Collator, collect_exit_logits, row_keys
 from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL, answers, same_answers
+from .losses import difficulty_loss
 from .stages import StageStore
+from .training_args import CostEffTrainingArguments
 
 HARD = "hard"
 """Name of the column that marks hard training rows with 1."""
@@ -99,6 +102,29 @@ def check_hard_rows(dataset: Any, problem_type: str) -> None:
             "mark_hard_rows(dataset, difficulty_labels(...).hard()), or set its weight to 0."
         )
     _check_both_kinds(np.asarray(dataset[HARD]))
+
+
+def difficulty_part(
+    model: nn.Module,
+    exit_logits: Sequence[Tensor],
+    hard: Tensor | None,
+    problem_type: str,
+    args: CostEffTrainingArguments,
+) -> dict[str, Tensor]:
+    """The part `difficulty_loss` of a training loss; nothing where it has no weight, or for rows without marks.
+
+    Nothing in evaluation either, because its pairs are drawn at random.
+
+    Args:
+        model: In training mode, or not.
+        exit_logits: As for [`hf_costeff.losses.difficulty_loss`], as the next two.
+        hard: 1 for a hard row, 0 for an easy one, shape (batch,); `None`: no marks.
+        problem_type: As upstream's `config.problem_type`.
+        args: Weight and margin.
+    """
+    if hard is None or not model.training or not args.difficulty_weight:
+        return {}
+    return {"difficulty_loss": difficulty_loss(exit_logits, hard, problem_type, args.difficulty_margin)}
 
 
 def _check_both_kinds(marks: np.ndarray) -> None:

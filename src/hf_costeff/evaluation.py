@@ -189,13 +189,14 @@ class ExitReliability:
     Args:
         member: Member of a cascade, counted from 1; 1 for a single model.
         layer: 1-based layer of the exit; the depth of a stock member.
-        metric: The task metric if every row were answered here.
+        metric: The task metric if every row were answered here; of a gated model every row that runs this layer, and
+            `None` if there is none.
         discrimination: [`difficulty_inversion_score`] of these answers, in 0..1.
     """
 
     member: int
     layer: int
-    metric: float
+    metric: float | None
     discrimination: float | None
 
 
@@ -230,10 +231,12 @@ def exit_reliability(
         records = collect_exit_logits(member, rows, pad, description=shown, show_progress=show_progress)
         labels = records.known_labels()
         layers = getattr(member.config, "exit_layers", None) or [member.config.num_hidden_layers]
-        for layer, logits in zip(layers, records.logits.unbind(1), strict=True):
-            said = logits if order is None else logits[:, order]
-            area = difficulty_inversion_score(said, labels, problem_type)
-            found.append(ExitReliability(number, layer, function(said.numpy(), labels), area))
+        answered = records.asked_at(layers)
+        for layer, logits, own in zip(layers, records.logits.unbind(1), answered.T, strict=True):
+            said, truth = logits[own] if order is None else logits[own][:, order], labels[own]
+            value = function(said.numpy(), truth) if own.any() else None
+            area = difficulty_inversion_score(said, truth, problem_type) if own.any() else None
+            found.append(ExitReliability(number, layer, value, area))
     return found
 
 
