@@ -27,6 +27,7 @@ from hf_costeff import (
 )
 from hf_costeff.cascade_training import CascadeArguments, MemberTrainer, train_cascade
 from hf_costeff.cli import main
+from hf_costeff.commands.cascade import CASCADE_CALIBRATE
 from hf_costeff.data import DataArguments, make_collator
 from hf_costeff.difficulty import Difficulty, mark_hard_rows
 from hf_costeff.evaluation import collect_exit_logits, exit_reliability
@@ -334,6 +335,20 @@ def test_the_commands_train_calibrate_and_predict(checkpoints, caplog, capsys):
         main(["cascade", "predict", folder, "--file", str(checkpoints / "held_out.csv"), "--output", str(table)]) == 0
     )
     assert table.read_text().splitlines()[0].replace('"', "") == "label,score,exit_model,exit_layer"
+
+
+def test_rows_to_calibrate_on_are_cut_for_all_members_to_what_the_shortest_takes(checkpoints, monkeypatch):
+    members = [tiny_bert(num_hidden_layers=1, max_position_embeddings=8, num_labels=2), tiny_bert(num_labels=2)]
+    folder = str(checkpoints / "both")
+    save_cascade(*make_cascade(members, [word_tokenizer()] * 2), folder)
+
+    def noted(_, datasets, *__, **___):
+        assert [max(map(len, rows["input_ids"])) for rows in datasets] == [8, 8]
+        raise ValueError("noted")
+
+    monkeypatch.setattr("hf_costeff.commands.cascade.calibrate", noted)
+    with pytest.raises(ValueError, match="noted"):
+        CASCADE_CALIBRATE([folder, "--validation_file", str(checkpoints / "held_out.csv"), "--target_speedup", "2"])
 
 
 def test_the_commands_say_what_is_missing(checkpoints, capsys):

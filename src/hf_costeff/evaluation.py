@@ -327,13 +327,8 @@ def calibrate(
         settings.calibration["exits_chosen_by_time"] = True
     if trained_rows:
         settings.calibration["trained_rows"] = trained_rows
-    promise = settings.calibration.get("promise")
-    if promise is not None:
-        promise["fingerprint"] = (
-            weights_fingerprint(model, model.config.member_settings)
-            if isinstance(model, CostEffCascade)
-            else weights_fingerprint(model.costeff)
-        )
+    if "promise" in settings.calibration:
+        settings.calibration["promise"]["fingerprint"] = _promised_for(model)
     if isinstance(model, CostEffCascade):
         _warn_if_dearer(settings)
     model.config.exit_config = settings.to_dict()
@@ -350,6 +345,12 @@ def _calibration_records(
     if isinstance(model, CostEffCascade):
         return collect_member_logits(model, datasets, collators, **showing)
     return collect_exit_logits(model, datasets[0], collators[0], **showing)
+
+
+def _promised_for(model: CostEffForSequenceClassification | CostEffCascade) -> str:
+    if isinstance(model, CostEffCascade):
+        return weights_fingerprint(model, model.config.member_settings)
+    return weights_fingerprint(model.costeff)
 
 
 def _warn_if_dearer(settings: ExitConfig) -> None:
