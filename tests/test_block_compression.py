@@ -65,6 +65,20 @@ def test_ratios_share_the_penalised_model(folder, monkeypatch):
     assert len(list((folder / "packed" / "stages").glob("prune-*"))) == 2
 
 
+def test_a_run_whose_rows_were_cut_at_another_length_is_refused(folder, monkeypatch):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(block_compression.BlockPruning, "_penalise", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 6
+    tokenizer.save_pretrained(folder / "stock")
+    with pytest.raises(ValueError, match="max_length was 24, now 6"):
+        prune(folder)
+
+
 def test_a_run_killed_between_the_phases_goes_on(folder, monkeypatch):
     def killed(self, stage, masks):
         raise KeyboardInterrupt

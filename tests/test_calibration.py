@@ -255,6 +255,8 @@ def test_a_latency_out_of_reach_says_the_least():
 
 
 def test_a_latency_needs_times_of_this_model():
+    with pytest.raises(ValueError, match="`max_megaflops` counts FLOPs, and `exit_times` are given"):
+        choose(records_of(ROWS), CONFIG, "accuracy", max_megaflops=1.0, exit_times=SLOW_QUESTIONS)
     with pytest.raises(ValueError, match=r"`max_latency_ms` needs `exit_times`.*measure_exit_times"):
         choose(records_of(ROWS), CONFIG, "accuracy", max_latency_ms=1.0)
     with pytest.raises(ValueError, match="`exit_times` has 2 exits and the model 4"):

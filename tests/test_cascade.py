@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from helpers import WORDS, random_batch, tiny_bert, tiny_model, word_tokenizer
@@ -110,6 +111,16 @@ def test_texts_are_cut_to_what_the_shortest_member_takes(caplog):
     with caplog.at_level(logging.WARNING):
         answers = list(predict_texts(cascade, tokenizer, ["a " * 10], early_exit=0.0, show_progress=False))
     assert answers[0]["exit_model"] == 2 and "more than 6 tokens" in caplog.text
+
+
+def test_tokenizers_of_one_vocabulary_that_read_otherwise_stay_apart():
+    lower = word_tokenizer()
+    lower.backend_tokenizer.normalizer = Lowercase()
+    members = [tiny_bert(num_hidden_layers=1, **NAMES), tiny_bert(**NAMES)]
+    cased = word_tokenizer()
+    assert lower.get_vocab() == cased.get_vocab() and lower("THE film")["input_ids"] == cased("the film")["input_ids"]
+    cascade, tokenizers = make_cascade(members, [lower, cased])
+    assert isinstance(tokenizers, list) and cascade.config.member_tokenizers == ["tokenizer_1", ""]
 
 
 def test_a_row_that_is_no_text_is_named_after_the_rows_before_it_were_answered():

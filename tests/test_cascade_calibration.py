@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification
 
 from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
-from hf_costeff import CostEffCascade, ExitConfig, calibrate, evaluation
+from hf_costeff import CostEffCascade, CostEffCascadeConfig, ExitConfig, calibrate, evaluation
+from hf_costeff.calibration import ExitSearch, choose_exit_config
 from hf_costeff.cascade_costs import cascade_flops
 from hf_costeff.data import make_collator
 from hf_costeff.evaluation import collect_member_logits, row_keys
-from hf_costeff.exit_replay import ExitReplay, ExitTimes
+from hf_costeff.exit_replay import ExitLogits, ExitReplay, ExitTimes
+from hf_costeff.promises import logger
 
 INNER = ExitConfig(threshold=0.6).to_dict()
 COLLATOR = make_collator(word_tokenizer())
@@ -79,10 +85,19 @@ def test_a_speedup_is_reached_and_kept_by_predict(cascade, rows, target):
     assert settings.calibration["speedup_over_full_depth"] == pytest.approx(whole / flops, rel=1e-6)
 
 
-def test_a_budget_is_a_speedup_of_one_over_it(cascade, rows):
+def test_a_budget_is_kept_and_stands_in_the_record(cascade, rows):
+    """FLOPs are torch's own count of `predict`, row by row."""
     _, whole = predicted(cascade, rows, False)
-    calibrate(cascade, rows, COLLATOR, target_speedup=1, reference_flops=0.7 * whole, show_progress=False)
-    assert predicted(cascade, rows, True)[1] <= 0.7 * whole
+    settings = calibrate(cascade, rows, COLLATOR, max_megaflops=0.7e-6 * whole, show_progress=False)
+    with FlopCounterMode(display=False) as counter:
+        for row in rows:
+            cascade.predict(torch.tensor([row["input_ids"]]), early_exit=True)
+    assert 0.4 * whole < counter.get_total_flops() / len(rows) <= 0.7 * whole * (1 + 1e-9)
+    assert settings.calibration["goal"] == {"max_megaflops": 0.7e-6 * whole}
+    with pytest.raises(
+        ValueError, match=r"mean of 0\.0001 million FLOPs cannot be reached: .* it is 0\.0\d+ million\. Ask"
+    ):
+        calibrate(cascade, rows, COLLATOR, max_megaflops=0.0001, show_progress=False)
 
 
 def test_a_largest_loss_is_kept_on_the_rows(cascade, rows):
@@ -127,6 +142,39 @@ def test_a_promise_holds_the_weights_of_all_members(cascade, rows, caplog):
         assert "promise is void" in caplog.text
 
 
+def bolder_inside(cascade):
+    cascade.members[0].config.exit_config = ExitConfig(threshold=1.0).to_dict()
+
+
+def other_labels(cascade):
+    cascade.members[0].config.id2label = {0: "c", 1: "b", 2: "a"}
+
+
+def recalibrated_to_the_same(cascade):
+    cascade.members[0].config.exit_config["calibration"] = {"rows": 9}
+
+
+@pytest.mark.parametrize(
+    ("change", "void"), [(bolder_inside, True), (other_labels, True), (recalibrated_to_the_same, False)]
+)
+def test_a_promise_holds_the_settings_of_all_members_and_their_order_of_labels(rows, change, void, caplog, tmp_path):
+    logger.warning_once.cache_clear()
+    names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    inner = tiny_model(seed=6, exit_config=INNER, **names)
+    cascade = CostEffCascade.from_members([inner, tiny_bert(seed=5, num_hidden_layers=8, **names)])
+    kept = {"show_progress": False, "guarantee": True, "max_disagreement": 99.0}
+    settings = calibrate(cascade, rows, COLLATOR, **kept)
+    assert "promise" in settings.calibration
+    cascade.save_pretrained(tmp_path)
+    cascade = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        predicted(cascade, rows, True)
+        assert "promise is void" not in caplog.text
+        change(cascade)
+        predicted(cascade, rows, True)
+        assert ("settings of the members. The promise is void. Run `hf-costeff cascade cal" in caplog.text) == void
+
+
 def test_members_with_other_tokenizers_take_a_data_set_each(cascade, rows):
     both = collect_member_logits(cascade, [rows] * 3, [COLLATOR] * 3, show_progress=False)
     one = collect_member_logits(cascade, rows, COLLATOR, show_progress=False)
@@ -167,6 +215,57 @@ def test_rows_that_the_last_member_may_have_seen_come_with_a_warning(cascade, ro
                 cascade, [shorter, rows, rows], COLLATOR, max_disagreement=9, trained_keys=trained, show_progress=False
             )
         assert ("of 240 calibration rows have texts that the model was trained on" in caplog.text) == warned
+
+
+def with_an_idle_middle(members: int, rows: int = 400, seed: int = 0) -> ExitLogits:
+    """The first member is right where it is sure; the middle ones know no more than it, and the last everything."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % 2
+    sign = 2.0 * labels - 1
+    sureness = 4 * torch.rand(rows, generator=generator)
+    first = torch.where((sureness < 1.8) & (torch.rand(rows, generator=generator) < 0.5), -sign, sign) * sureness
+    middle = [first + 0.3 * torch.randn(rows, generator=generator) for _ in range(members - 2)]
+    values = torch.stack([first, *middle, 8 * sign], dim=1)
+    costs = torch.tensor([1.0, *[6.0] * (members - 2), 12.0]).expand(rows, -1)
+    return ExitLogits(torch.stack([-values, values], -1), torch.full((rows,), 5), labels, member_flops=costs)
+
+
+def config_of(members: int) -> CostEffCascadeConfig:
+    return CostEffCascadeConfig(members=[tiny_bert(num_labels=2).config] * members)
+
+
+@pytest.mark.parametrize("goal", [{"target_speedup": 2.0}, {"max_accuracy_drop": 1.0}])
+@pytest.mark.parametrize("members", [3, 4])
+def test_a_middle_member_that_knows_no_more_than_the_first_is_left_out(members, goal):
+    """As good, and as cheap, as the best of all choices of members tried one by one."""
+    records, config = with_an_idle_middle(members), config_of(members)
+    early = range(1, members)
+    tried = {}
+    for chosen in (list(own) for size in early for own in combinations(early, size)):
+        search = ExitSearch(checked_exits=chosen)
+        with suppress(ValueError):  # out of reach
+            tried[tuple(chosen)] = choose_exit_config(records, config, "accuracy", search=search, **goal).calibration
+    assert max(
+        tried, key=lambda own: tried[own]["early_exit" if "target_speedup" in goal else "speedup_over_full_depth"]
+    ) == (1,)
+    settings = choose_exit_config(records, config, "accuracy", **goal)
+    assert settings.checked_exits == [1] and settings.calibration == tried[1,]
+
+
+def test_of_many_members_only_the_first_ones_are_left_out():
+    counts = {
+        members: {
+            goal: len(ExitSearch().paths(ExitReplay(with_an_idle_middle(members), config_of(members)), goal))
+            for goal in ("max_accuracy_drop", "target_speedup")
+        }
+        for members in (2, 3, 5, 6)
+    }
+    assert counts == {
+        2: {"max_accuracy_drop": 1, "target_speedup": 1},
+        3: {"max_accuracy_drop": 3, "target_speedup": 4},
+        5: {"max_accuracy_drop": 15, "target_speedup": 26},
+        6: {"max_accuracy_drop": 5, "target_speedup": 15},
+    }
 
 
 def test_a_speedup_beyond_the_first_member_is_refused(cascade, rows):

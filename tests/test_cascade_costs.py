@@ -60,6 +60,17 @@ def test_what_a_prediction_ran_is_what_is_counted():
     assert cascade_flops(cascade.config, layers, torch.tensor(lengths)).tolist() == counted
 
 
+def test_at_full_depth_the_exits_of_the_last_member_cost_nothing():
+    last = tiny_model(num_attention_heads=2, intermediate_size=16, exit_config=ExitConfig(threshold=0.5).to_dict())
+    cascade = CostEffCascade.from_members([tiny_bert(num_hidden_layers=1), last])
+    cascade.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        layers = cascade.predict(random_batch([7])["input_ids"], early_exit=False).layers_run
+    lengths = torch.tensor([7])
+    assert cascade_flops(cascade.config, layers, lengths, full_depth=True).tolist() == [counter.get_total_flops()]
+    assert float(cascade_flops(cascade.config, layers, lengths)) > counter.get_total_flops()
+
+
 @pytest.mark.parametrize("config", [ElectraConfig(num_hidden_layers=2), ModernBertConfig(num_hidden_layers=2)])
 def test_other_families_are_counted_by_torch(config):
     config.vocab_size = max(config.vocab_size, 100)

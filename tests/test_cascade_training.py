@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import logging
+import math
 
 import numpy as np
 import pytest
@@ -14,13 +16,21 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, BertModel
 
-from helpers import sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
-from hf_costeff import CostEffCascade, CostEffTrainingArguments, cascade_training, load_cascade
+from helpers import balance_gates, sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
+from hf_costeff import (
+    CostEffCascade,
+    CostEffTrainingArguments,
+    cascade_training,
+    load_cascade,
+    make_cascade,
+    save_cascade,
+)
 from hf_costeff.cascade_training import CascadeArguments, MemberTrainer, train_cascade
 from hf_costeff.cli import main
+from hf_costeff.commands.cascade import CASCADE_CALIBRATE
 from hf_costeff.data import DataArguments, make_collator
-from hf_costeff.difficulty import mark_hard_rows
-from hf_costeff.evaluation import exit_reliability
+from hf_costeff.difficulty import Difficulty, mark_hard_rows
+from hf_costeff.evaluation import collect_exit_logits, exit_reliability
 
 COLLATOR = make_collator(word_tokenizer())
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -51,6 +61,29 @@ def test_a_stock_member_learns_labels_and_difficulty_by_their_written_out_gradie
     (functional.cross_entropy(logits, batch["labels"]) + weight * hinge).backward()
     for (name, after), before in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(after, before - 0.05 * before.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_difficulty_is_logged_by_name_and_is_no_part_of_the_evaluation(tmp_path):
+    """Its pairs are drawn at random, so two evaluations of the same weights would differ."""
+    rows = mark_hard_rows(token_rows(8), [False, True] * 4)
+    model = tiny_bert(**NO_DROPOUT)
+    weighted = member_arguments(tmp_path, difficulty_weight=0.5, difficulty_margin=1.0, eval_on_start=True)
+    trainer = MemberTrainer(model, weighted, train_dataset=rows, eval_dataset=rows, data_collator=COLLATOR)
+    trainer.train()
+    first, step = trainer.state.log_history[:2]
+    assert first["eval_loss"] == pytest.approx(step["task_loss"], abs=1e-3) and step["difficulty_loss"] > 0
+    assert step["loss"] == pytest.approx(step["task_loss"] + 0.5 * step["difficulty_loss"], abs=1e-3)
+
+
+def test_rows_that_skip_a_layer_are_left_out_of_what_its_exit_is_worth():
+    model = balance_gates(tiny_model(skip_gates="linear", exit_pooling="mean"))
+    rows = token_rows(60)
+    records = collect_exit_logits(model, rows, COLLATOR, show_progress=False)
+    for exit, found in enumerate(exit_reliability(model, rows, COLLATOR, show_progress=False)):
+        ran = ~records.skipped[:, exit].numpy() if exit < 3 else np.ones(60, dtype=bool)
+        right = (records.logits[:, exit].argmax(-1) == records.labels).numpy()[ran]
+        assert 0 < ran.sum() < 60 or exit == 3
+        assert found.metric == pytest.approx(right.mean())
 
 
 def test_a_step_is_the_same_however_its_rows_are_accumulated(tmp_path):
@@ -153,6 +186,64 @@ def test_only_the_smallest_member_learns_difficulty_and_a_run_goes_on(checkpoint
     assert len(calls) == 7 and again.hard_share == result.hard_share
 
 
+def test_other_difficulty_settings_go_on_in_the_same_folder_from_the_answers_that_hold(checkpoints, monkeypatch):
+    calls: list[tuple] = []
+
+    def told(rows, *_, folds, seeds, **__):
+        """A third of the rows is right under one seed alone, a third under all but the first, and a third under all."""
+        calls.append((folds, len(seeds)))
+        right = np.ones((len(rows), len(seeds)), dtype=bool)
+        right[: len(rows) // 3, 1:], right[len(rows) // 3 : 2 * len(rows) // 3, 0] = False, False
+        return Difficulty(right)
+
+    def noted(self, *args, **kwargs):
+        hard = round(float(np.mean(self.train_dataset["hard"])), 1) if self.args.difficulty_weight else None
+        calls.append((hard, self.args.difficulty_weight, self.args.difficulty_margin))
+
+    monkeypatch.setattr(cascade_training, "difficulty_labels", told)
+    monkeypatch.setattr(MemberTrainer, "train", noted)
+    first = {"difficulty_seeds": 3}
+    plain = (None, 0.0, 0.5)
+    for changes, expected in (
+        (first, [(2, 3), (0.7, 0.5, 0.5), plain]),
+        ({**first, "difficulty_rule": "majority"}, [(0.3, 0.5, 0.5)]),
+        ({**first, "difficulty_margin": 0.25}, [(0.7, 0.5, 0.25)]),
+        ({**first, "difficulty_weight": 0.25}, [(0.7, 0.25, 0.5)]),
+        ({**first, "difficulty_weight": 0.0}, [plain]),
+        ({"difficulty_seeds": 2}, [(2, 2), (0.7, 0.5, 0.5)]),
+        ({**first, "difficulty_folds": 3}, [(3, 3), (0.7, 0.5, 0.5)]),
+        (first, []),
+    ):
+        calls.clear()
+        train_cascade(arguments(checkpoints, "small", "large", **changes), data(checkpoints))
+        assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "said"),
+    [
+        ({"epochs": 0.25}, {}, "epochs was 0.5, now 0.25"),
+        ({}, {"max_length": 4}, r"max_length was \[24, 24\], now \[4, 4\]"),
+    ],
+)
+def test_members_of_another_run_are_not_taken(checkpoints, changes, rows, said, monkeypatch):
+    monkeypatch.setattr(MemberTrainer, "train", lambda *_, **__: None)
+    plain = {"difficulty_weight": 0.0}
+    train_cascade(arguments(checkpoints, "small", "large", **plain), data(checkpoints))
+    with pytest.raises(ValueError, match=said):
+        train_cascade(arguments(checkpoints, "small", "large", **plain, **changes), data(checkpoints, **rows))
+
+
+def test_where_all_rows_are_alike_difficulty_is_left_out_with_a_warning(checkpoints, monkeypatch, caplog):
+    easy = Difficulty(np.ones((60, 2), dtype=bool))
+    monkeypatch.setattr(cascade_training, "difficulty_labels", lambda *_, **__: easy)
+    with caplog.at_level(logging.WARNING):
+        result = train_cascade(arguments(checkpoints, "small", "large"), data(checkpoints))
+    assert result.hard_share == 0 and "Of 60 rows none are hard" in caplog.text and "--difficulty_rule" in caplog.text
+    [stage] = (result.path / "stages").glob("member-1-*")
+    assert json.loads((stage / "stage.json").read_text())["difficulty_weight"] == 0
+
+
 def test_a_member_with_a_head_is_taken_as_it_is_and_gives_the_labels(checkpoints):
     result = train_cascade(arguments(checkpoints, "small", "whole", difficulty_weight=0), data(checkpoints))
     cascade, _ = load_cascade(result.path)
@@ -162,6 +253,39 @@ def test_a_member_with_a_head_is_taken_as_it_is_and_gives_the_labels(checkpoints
     assert result.hard_share is None and cascade.members[0].config.id2label == {0: "bad", 1: "good"}
 
 
+def finished(folder, name: str, *labels: str, **sizes) -> None:
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    tiny_bert(
+        seed=len(name), num_labels=len(labels), **sizes, **(names if labels[0] != "LABEL_0" else {})
+    ).save_pretrained(folder / name)
+    word_tokenizer().save_pretrained(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (("good", "bad"), ("bad", "good"), {0: "bad", 1: "good"}),
+        (("bad", "good"), ("good", "bad"), {0: "good", 1: "bad"}),
+        (("bad", "good"), ("LABEL_0", "LABEL_1"), {0: "bad", 1: "good"}),
+    ],
+)
+def test_members_with_heads_and_other_orders_of_labels_are_judged_on_the_same_rows(
+    checkpoints, first, second, expected
+):
+    finished(checkpoints, "first", *first, num_hidden_layers=1)
+    finished(checkpoints, "second", *second, num_hidden_layers=2)
+    result = train_cascade(arguments(checkpoints, "first", "second"), data(checkpoints))
+    cascade, tokenizer = load_cascade(result.path)
+    assert cascade.config.id2label == expected
+    with open(checkpoints / "held_out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for member, names, exit in zip(cascade.members, (first, [*expected.values()]), result.exits, strict=True):
+        with torch.no_grad():
+            said = [int(member(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()) for row in rows]
+        right = [names[answer] == row["label"] for answer, row in zip(said, rows, strict=True)]
+        assert exit.metric == pytest.approx(np.mean(right))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -169,6 +293,8 @@ def test_a_member_with_a_head_is_taken_as_it_is_and_gives_the_labels(checkpoints
         ({"difficulty_margin": 2}, "difficulty_margin"),
         ({"difficulty_rule": "most"}, "all, majority"),
         ({"difficulty_weight": -1}, "difficulty_weight"),
+        ({"difficulty_weight": math.nan}, "difficulty_weight"),
+        ({"difficulty_folds": 1}, "`difficulty_folds` is 1. It must be at least 2"),
     ],
 )
 def test_settings_out_of_range_are_refused(checkpoints, changes, said):
@@ -196,7 +322,7 @@ def test_the_commands_train_calibrate_and_predict(checkpoints, caplog, capsys):
     assert main(["cascade", "calibrate", folder, *held_out, "--max_megaflops", "0.05", "--no_fit_temperatures"]) == 0
     assert "Saved in" in capsys.readouterr().out
     goal = load_cascade(folder)[0].config.exit_config["calibration"]["goal"]
-    assert goal == {"target_speedup": 1.0}
+    assert goal == {"max_megaflops": 0.05}
     output = checkpoints / "answers.jsonl"
     assert (
         main(["cascade", "predict", folder, "--file", str(checkpoints / "held_out.csv"), "--output", str(output)]) == 0
@@ -211,6 +337,20 @@ def test_the_commands_train_calibrate_and_predict(checkpoints, caplog, capsys):
     assert table.read_text().splitlines()[0].replace('"', "") == "label,score,exit_model,exit_layer"
 
 
+def test_rows_to_calibrate_on_are_cut_for_all_members_to_what_the_shortest_takes(checkpoints, monkeypatch):
+    members = [tiny_bert(num_hidden_layers=1, max_position_embeddings=8, num_labels=2), tiny_bert(num_labels=2)]
+    folder = str(checkpoints / "both")
+    save_cascade(*make_cascade(members, [word_tokenizer()] * 2), folder)
+
+    def noted(_, datasets, *__, **___):
+        assert [max(map(len, rows["input_ids"])) for rows in datasets] == [8, 8]
+        raise ValueError("noted")
+
+    monkeypatch.setattr("hf_costeff.commands.cascade.calibrate", noted)
+    with pytest.raises(ValueError, match="noted"):
+        CASCADE_CALIBRATE([folder, "--validation_file", str(checkpoints / "held_out.csv"), "--target_speedup", "2"])
+
+
 def test_the_commands_say_what_is_missing(checkpoints, capsys):
     for words, said in (
         (["cascade", "calibrate", str(checkpoints / "whole"), "--target_speedup", "2"], "no cascade"),
@@ -219,10 +359,36 @@ def test_the_commands_say_what_is_missing(checkpoints, capsys):
             "Give exactly one of",
         ),
         (["cascade", "predict", str(checkpoints / "nowhere")], "cannot be loaded"),
-        (["cascade", "fly"], "unknown command 'cascade"),
+        (
+            ["cascade", "fly"],
+            "unknown command 'cascade fly'. Give one of: cascade train, cascade calibrate, cascade predict",
+        ),
+        (["cascade"], "unknown command 'cascade'. Give one of: cascade train"),
     ):
         assert main(words) in (1, 2)
         assert said in capsys.readouterr().err
+
+
+def test_commands_for_single_models_point_a_cascade_to_its_own(checkpoints, capsys):
+    members = [tiny_bert(num_hidden_layers=1), tiny_bert()]
+    save_cascade(*make_cascade(members, [word_tokenizer()] * 2), folder := str(checkpoints / "both"))
+    rows = ["--train_file", str(checkpoints / "train.csv")]
+    for words in (
+        ["calibrate", folder, "--target_speedup", "2"],
+        ["predict", folder, "--file", str(checkpoints / "train.csv")],
+        ["export", folder, "--output_dir", str(checkpoints / "new")],
+        ["skip", "--model", folder, *rows, "--output_dir", str(checkpoints / "new")],
+        ["block-prune", "--model", folder, *rows, "--output_dir", str(checkpoints / "new")],
+    ):
+        assert main(words) == 1
+        assert f"{folder} is a cascade, and a single model is needed" in capsys.readouterr().err
+    assert main(["cascade", "train", "--models", folder, str(checkpoints / "large"), *rows]) == 1
+    assert "A member is a cascade" in capsys.readouterr().err
+
+
+def test_a_model_named_twice_is_refused(checkpoints):
+    with pytest.raises(ValueError, match="one of them twice"):
+        arguments(checkpoints, "small", "small")
 
 
 def test_regression_has_no_difficulty_and_says_so_before_training(checkpoints):

@@ -309,6 +309,7 @@ def test_calibrate_asks_for_a_goal_before_it_looks_for_the_model(capsys):
         (["--max_latency_ms", "1e-9"], "A mean latency of 1e-09 ms cannot be reached"),
         (["--max_latency_ms", "1", "--threads", "0"], "`--threads` is 0. It must be at least 1"),
         (["--max_latency_ms", "1", "--max_disagreement", "1"], "Give exactly one"),
+        (["--max_megaflops", "1", "--measured"], "`--max_megaflops` counts FLOPs"),
         (["--max_metric_drop", "1", "--target_speedup", "2"], "Give exactly one"),
         (["--target_speedup", "500"], "A speed-up of 500 cannot be reached"),
         (["--max_metric_drop", "1", "--guarantee"], "A guarantee is asked for `--max_metric_drop`, and there is none"),

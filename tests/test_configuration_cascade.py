@@ -57,6 +57,22 @@ def test_labels_without_names_are_matched_by_position():
     plain = BertConfig(**SMALL, num_labels=2)
     assert match_labels([plain, named("no", "yes")]) == [None, None]
     assert match_labels([named("no", "yes"), plain]) == [None, None]
+    assert match_labels([named("no", "yes"), plain, named("yes", "no")]) == [[1, 0], None, None]
+    assert match_labels([plain, plain]) == [None, None]
+
+
+@pytest.mark.parametrize(("first", "second"), [(("no", "yes"), ("yes", "no")), (("no", "yes"), ("bad", "good"))])
+def test_named_members_that_contradict_each_other_are_refused_where_the_last_has_no_names(first, second):
+    message = refusal(members=[named(*first), named(*second), BertConfig(**SMALL, num_labels=2)])
+    assert f"Member 1 has the labels {[*first]} and member 2 {[*second]}" in message and "`id2label`" in message
+
+
+def test_the_cascade_has_the_names_that_some_member_has():
+    plain = BertConfig(**SMALL, num_labels=2)
+    for members in ([named("No", "Yes"), plain], [plain, named("No", "Yes")], [named("no", "yes"), named("No", "Yes")]):
+        config = CostEffCascadeConfig(members=members)
+        assert config.id2label == {0: "No", 1: "Yes"} and config.label2id == {"No": 0, "Yes": 1}
+    assert CostEffCascadeConfig(members=[plain, plain]).id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,25 @@ def test_folds_and_seeds_out_of_range_are_refused(changes, tmp_path):
         label(tmp_path, Trainer(), **changes)
 
 
+@pytest.mark.parametrize(
+    ("texts", "labels", "said"),
+    [
+        (range(5), [3, 5, 7, 7, 9], "5 different texts and at most 2 rows of one class.*no more folds than either"),
+        ([1, 1, 1, 2, 2, 2], [0] * 6, "2 different texts and at most 6 rows of one class.*no more folds than either"),
+    ],
+)
+def test_more_folds_than_texts_or_rows_of_a_class_are_refused(texts, labels, said, tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[number, 1] for number in texts], "labels": labels})
+    with pytest.raises(ValueError, match=said):
+        label(tmp_path, Trainer(), rows=rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_whose_labels_are_numbers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither right nor wrong"):
+        label(tmp_path, Trainer(), rows=Dataset.from_dict({"input_ids": [[1]] * 9, "labels": [0.5] * 9}))
+
+
 def test_rows_without_labels_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no `labels`"):
         label(tmp_path, Trainer(), rows=ROWS.remove_columns("labels"))

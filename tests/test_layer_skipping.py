@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from shutil import copytree
 
 import pytest
 import torch
@@ -123,6 +124,20 @@ def test_the_backbone_stays_as_it_is_while_the_exits_learn_and_serves_other_exit
     monkeypatch.setattr(layer_skipping.LayerSkipping, "_train_backbone", None)
     skip(models, tmp_path / "out", exit_contrastive_weight=0.5, max_metric_drop=2.0)
     assert len(list(folder.glob("exits-*"))) == 2
+
+
+def test_a_run_whose_rows_were_cut_at_another_length_is_refused(models, tmp_path, monkeypatch):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer_skipping.LayerSkipping, "_train_backbone", killed)
+    with pytest.raises(KeyboardInterrupt):
+        skip(copytree(models, tmp_path / "models"), tmp_path / "out")
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 6
+    tokenizer.save_pretrained(tmp_path / "models" / "stock")
+    with pytest.raises(ValueError, match="max_length was 24, now 6"):
+        skip(tmp_path / "models", tmp_path / "out")
 
 
 def test_a_run_killed_between_the_phases_goes_on(models, tmp_path, monkeypatch):

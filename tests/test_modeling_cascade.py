@@ -204,6 +204,35 @@ def test_it_saves_one_file_with_a_prefix_per_member_and_loads_alike(cascade, bat
     torch.testing.assert_close(before.logits, after.logits, rtol=0, atol=1e-6)
 
 
+def test_members_of_several_precisions_get_the_widest_and_keep_their_values(batch, tmp_path):
+    members = [distilbert().bfloat16(), tiny_model(seed=6), tiny_bert(seed=5).half()]
+    weights = [{name: tensor.float() for name, tensor in member.state_dict().items()} for member in members]
+    CostEffCascade.from_members(members).save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in again.parameters()} == {torch.float32}
+    for member, before in zip(again.members, weights, strict=True):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in member.state_dict().items())
+    both = CostEffCascade.from_members([tiny_bert().half(), tiny_bert(seed=5).half()])
+    assert {tensor.dtype for tensor in both.parameters()} == {torch.float16}
+
+
+def test_its_precision_is_asked_for_as_of_any_model(cascade, tmp_path):
+    for member in cascade.members:
+        member.config.dtype = torch.float32  # as loading leaves it
+    cascade.save_pretrained(tmp_path)
+    cascade.bfloat16().save_pretrained(tmp_path / "half")
+    for folder, dtype, expected in (
+        (tmp_path, torch.bfloat16, torch.bfloat16),
+        (tmp_path, "auto", torch.float32),
+        (tmp_path / "half", "auto", torch.bfloat16),
+        (tmp_path / "half", torch.float32, torch.float32),
+    ):
+        again = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+        assert {tensor.dtype for tensor in again.parameters()} == {expected}
+    again = CostEffCascade.from_pretrained(tmp_path, config=cascade.config, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in again.parameters()} == {torch.bfloat16}
+
+
 def test_settings_of_members_that_change_later_are_saved_too(cascade, tmp_path):
     cascade.members[1].config.exit_config = ExitConfig(threshold=0.125).to_dict()
     cascade.config.save_pretrained(tmp_path)
@@ -248,6 +277,27 @@ def test_what_cannot_be_answered_is_refused(cascade, batch):
         cascade.predict(**batch, early_exit=True)
     with pytest.raises(ValueError, match="one per exit"):
         cascade.predict(**batch, early_exit=ExitConfig(threshold=[0.5, 0.5]))
+
+
+def test_rows_that_a_stock_member_cannot_read_are_refused_by_name(cascade):
+    long, foreign = torch.full((2, 25), 5), torch.full((2, 4), 41)
+    for rows, said in (
+        (long, "25 tokens long"),
+        (foreign, "indices up to 41, and it has 24 positions and a vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=f"Member 1 cannot read these rows.*{said}"):
+            cascade.predict(rows, early_exit=0.5)
+        with pytest.raises(ValueError, match=f"Member 4 cannot read these rows.*{said}"):
+            cascade(rows)
+    cascade.members[3].classifier.register_forward_pre_hook(lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cascade(long[:, :5])
+
+
+def test_one_model_is_not_two_members():
+    same = tiny_bert()
+    with pytest.raises(ValueError, match="same model is given as two members"):
+        CostEffCascade.from_members([same, same])
 
 
 def test_token_indices_are_refused_where_members_read_differently(cascade, batch):

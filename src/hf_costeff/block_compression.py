@@ -199,6 +199,7 @@ class BlockPruning(StagedRun):
             **settings,
             "model_fingerprint": fingerprint_of(self.given),
             "data_fingerprint": self.data.fingerprint(),
+            "max_length": self.data.max_length,
         }
 
     def _classifier(self, name: str) -> PreTrainedModel:

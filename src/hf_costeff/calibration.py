@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, repeat
+from itertools import combinations, pairwise, repeat
 from operator import itemgetter
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .calibration_goals import BUDGETS, GOALS, check_goal, default_criterion
+from .configuration_cascade import CostEffCascadeConfig
 from .exit_criteria import (
     CRITERIA,
     MULTI_LABEL,
@@ -50,6 +51,7 @@ ERROR_LEVELS = (0.0, *np.geomspace(0.0005, 1.0, 100).tolist())
 TEMPERATURES = (0.05, 20.0)  # where temperatures are looked for
 FEWEST_ROWS = 20  # to fit temperatures on
 RESAMPLES = 200  # to tell two settings apart
+MOST_LEFT_OUT = 4  # members before the last of which each may be left out; of more, only the first ones
 
 
 def fit_temperatures(records: ExitLogits, problem_type: str, asked: np.ndarray | None = None) -> list[float]:
@@ -262,7 +264,7 @@ class ExitSearch:
         per_exit: One threshold per exit, not one for all.
         fit_temperatures: Fit a temperature per exit before the thresholds; otherwise they stay 1.
         checked_exits: Layers whose exit is checked, as in [`ExitConfig`]; `None`: chosen too, the first of them and the
-            deepest at which anybody may still be in.
+            deepest at which anybody may still be in. Of a cascade of up to five members, any of them before the last.
     """
 
     criterion: str | None = None
@@ -287,9 +289,10 @@ class ExitSearch:
     def paths(self, replay: ExitReplay, goal: str) -> list[SettingsPath]:
         """The settings to try on these rows: paths from careful to bold, one for each choice of exits to check.
 
-        Checked are all exits from some exit on, and the first path checks them all. A path ends with everybody leaving
-        at the first of them whose layer it runs. Where a budget must be kept whatever it costs, it goes on from there
-        to earlier exits; the ones behind stay for the rows that skip.
+        The first path checks all exits, the others all from some exit on; of a cascade of few members any, because a
+        member that is asked costs its whole run. A path ends with everybody leaving at the first of them whose layer it
+        runs. Where a budget must be kept whatever it costs, it goes on from there to earlier exits; the ones behind
+        stay for the rows that skip.
         """
         criterion = self.criterion_for(replay.problem_type)
         temperatures: float | list[float] = 1.0
@@ -307,21 +310,34 @@ class ExitSearch:
         if self.checked_exits is not None:
             return [(path(checked_exits=self.checked_exits),)]
         early = replay.config.exit_layers[:-1]
-        paths: list[SettingsPath] = [
-            (path(),),
-            *((path(checked_exits=early[start:]),) for start in range(1, len(early))),
-        ]
+        wholes, runs = _exits_to_check(early, isinstance(replay.config, CostEffCascadeConfig))
+        found = {chosen: path(checked_exits=list(chosen)) for chosen in wholes}
+        paths: list[SettingsPath] = [(path(),), *((own,) for own in found.values())]
         if goal not in BUDGETS:
             return paths
         skips = replay.records.skipped is not None
+        from_exit = {layer: tuple(early[start:]) for start, layer in enumerate(early)}
         return paths + [
             (
-                *paths[deepest],
-                path(checked_exits=early[start : None if skips else deepest + 1], deepest_exit=early[deepest]),
+                found[from_exit[run[-1]]],
+                path(checked_exits=list(from_exit[run[0]] if skips else run), deepest_exit=run[-1]),
             )
-            for deepest in range(1, len(early))
-            for start in range(deepest)
+            for run in runs
         ]
+
+
+def _exits_to_check(early: list[int], any_of_them: bool) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Exits that may be checked instead of all, and those of which at the deepest everybody leaves.
+
+    Args:
+        early: Layers of all exits but the last.
+        any_of_them: Whether each may be left out, if they are few; otherwise only the first and the deepest ones.
+    """
+    if any_of_them and len(early) <= MOST_LEFT_OUT:
+        subsets = [chosen for size in range(len(early), 0, -1) for chosen in combinations(early, size)]
+        return subsets[1:], [chosen for chosen in subsets if len(chosen) > 1]
+    runs = [tuple(early[start : deepest + 1]) for deepest in range(1, len(early)) for start in range(deepest)]
+    return [tuple(early[start:]) for start in range(1, len(early))], runs
 
 
 def choose_exit_config(
@@ -333,6 +349,7 @@ def choose_exit_config(
     max_metric_drop: float | None = None,
     max_disagreement: float | None = None,
     target_speedup: float | None = None,
+    max_megaflops: float | None = None,
     max_latency_ms: float | None = None,
     reference_flops: float | None = None,
     exit_times: ExitTimes | None = None,
@@ -342,13 +359,13 @@ def choose_exit_config(
 ) -> ExitConfig:
     """Exit settings from exactly one goal: which exits are checked, and the limit at which a row leaves.
 
-    For each exit that may be checked first there is a path of settings from careful to bold. With a largest loss, each
+    For each choice of exits to check there is a path of settings from careful to bold. With a largest loss, each
     path gives the boldest setting such that it and every more careful one keep to it on these rows, and the one with
-    the fewest FLOPs is taken, or the least time if times are given. With a budget (`target_speedup`, `max_latency_ms`),
-    each gives the most careful one that keeps to it, and the one with the best metric is taken, if it stands out from
-    that with all exits checked. With `guarantee`, a third of the rows fits temperatures and chooses a path, the others
-    test it step by step, and the boldest setting proved to keep to the loss on new rows of the same distribution is
-    taken.
+    the fewest FLOPs is taken, or the least time if times are given. With a budget (`target_speedup`, `max_megaflops`,
+    `max_latency_ms`), each gives the most careful one that keeps to it, and the one with the best metric is taken, if
+    it stands out from that with all exits checked. With `guarantee`, a third of the rows fits temperatures and chooses
+    a path, the others test it step by step, and the boldest setting proved to keep to the loss on new rows of the same
+    distribution is taken.
 
     Args:
         records: Logits of all exits on held-out rows; with labels, but for `max_disagreement`.
@@ -359,6 +376,7 @@ def choose_exit_config(
         max_disagreement: Share of the rows, in points, whose answer may differ from full depth's. Needs no labels.
         target_speedup: FLOPs of the reference over FLOPs with early exit, above 0; with `exit_times`, measured time at
             full depth over time with early exit.
+        max_megaflops: Mean millions of FLOPs per row, at the rows' own lengths, above 0.
         max_latency_ms: Mean milliseconds per text, above 0. Needs `exit_times`.
         reference_flops: FLOPs per row of what the speed-up is measured against; `None`: this model at full depth.
         exit_times: How long leaving at each exit takes, measured on the machine that will serve. `None`: FLOPs count.
@@ -377,7 +395,7 @@ def choose_exit_config(
         ValueError: Not exactly one goal, a goal out of range or out of reach, or rows that cannot serve it.
     """
     search = search or ExitSearch()
-    goals = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
+    goals = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_megaflops, max_latency_ms)
     goal, limit = check_goal(
         config,
         metric,
@@ -467,19 +485,19 @@ def _reaching(
     because the best of many always looks better than it is. That it was picked among several is not allowed for, so
     this damps the choice and promises nothing.
     """
-    budget = limit if goal == "max_latency_ms" else reference / limit
+    budget = {"target_speedup": reference / limit, "max_megaflops": 1e6 * limit, "max_latency_ms": limit}[goal]
     pieces = [replay.along(*path) for path in paths]
     found = [reached for path in pieces if (reached := _most_careful(path, costs, budget)) is not None]
     if not found:
         least = min(path[-1].mean_costs(costs)[-1] for path in pieces)
-        asked, largest = (
-            (f"A mean latency of {limit:g} ms", f"{least:.3g} ms")
-            if goal == "max_latency_ms"
-            else (f"A speed-up of {limit:g}", f"{reference / least:.2f}")
-        )
+        asked, most, remedy = {
+            "target_speedup": (f"A speed-up of {limit:g}", f"{reference / least:.2f}", "less"),
+            "max_megaflops": (f"A mean of {limit:g} million FLOPs", f"{least / 1e6:.3g} million", "more"),
+            "max_latency_ms": (f"A mean latency of {limit:g} ms", f"{least:.3g} ms", "more"),
+        }[goal]
         raise ValueError(
-            f"{asked} cannot be reached: with every row leaving as early as it can it is {largest}. Ask for less, or "
-            "compress further."
+            f"{asked} cannot be reached: with every row leaving as early as it can it is {most}. Ask for {remedy}, "
+            "or compress further."
         )
     best = min(found, key=lambda exits: worse_by(0.0, exits[0].metric(metric), metric))
     return (best if _is_better(best[0], found[0][0], metric) else found[0])[1]

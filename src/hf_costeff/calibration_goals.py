@@ -12,7 +12,7 @@ from .exit_replay import ExitingConfig, ExitTimes
 from .metrics import check_metric
 
 GUARANTEED = ("max_accuracy_drop", "max_disagreement")
-BUDGETS = ("target_speedup", "max_latency_ms")
+BUDGETS = ("target_speedup", "max_megaflops", "max_latency_ms")
 GOALS = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", *BUDGETS)
 
 
@@ -147,5 +147,7 @@ def _check_times(times: ExitTimes | None, config: ExitingConfig, goal: str, refe
             f"`exit_times` has {len(times.leaving_ms)} exits and the model {len(config.exit_layers)}. Measure them "
             "with this model."
         )
+    if goal == "max_megaflops":
+        raise ValueError("`max_megaflops` counts FLOPs, and `exit_times` are given. Leave them out, or ask for a time.")
     if reference_flops is not None:
         raise ValueError("Both `exit_times` and `reference_flops` are given. A speed-up counts time or FLOPs.")

@@ -47,7 +47,6 @@ def make_cascade(
         raise ValueError(f"There are {len(tokenizers)} tokenizers for {len(members)} members. Give one per member.")
     loaded = [_load(member) for member in members]
     found = [_tokenizer_of(model) for model in loaded] if tokenizers is None else list(tokenizers)
-    match_labels([model.config for model in loaded])
     costs = [classifier_flops(model.config, PAPER_SEQ_LENGTH) / 1e6 for model in loaded]
     order = sorted(range(len(loaded)), key=costs.__getitem__)
     if order != list(range(len(loaded))):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
-from .configuration_cascade import CostEffCascadeConfig
+from .configuration_cascade import CostEffCascadeConfig, require_single_model
 from .configuration_costeff import CostEffConfig
 from .conversion import convert_config
 from .efficiency import cumulative_flops, stock_flops
@@ -32,6 +32,7 @@ def classifier_flops(config: PreTrainedConfig, seq_length: int) -> int:
     Raises:
         ValueError: For a model that can be counted neither by formula nor by running it empty.
     """
+    require_single_model(config, "A member")
     if isinstance(config, CostEffConfig):
         return cumulative_flops(config, seq_length, ())[-1]
     try:
@@ -57,13 +58,16 @@ def _counted_flops(config: PreTrainedConfig, seq_length: int) -> int:
     )
 
 
-def member_flops(config: PreTrainedConfig, exit_layers: Sequence[int] | Tensor, seq_lengths: Tensor) -> Tensor:
+def member_flops(
+    config: PreTrainedConfig, exit_layers: Sequence[int] | Tensor, seq_lengths: Tensor, full_depth: bool = False
+) -> Tensor:
     """FLOPs of every row in one member under the exit settings it was saved with.
 
     Args:
         config: The member's.
         exit_layers: 1-based layer each row ran to, 0 for a row that did not come, shape (rows,).
         seq_lengths: Tokens of each row, shape (rows,).
+        full_depth: Whether it answered without these settings, so that no exit but its last was asked.
 
     Returns:
         Shape (rows,), float64.
@@ -71,7 +75,7 @@ def member_flops(config: PreTrainedConfig, exit_layers: Sequence[int] | Tensor, 
     lengths = sorted(set(seq_lengths.tolist()))
     layers = torch.as_tensor(exit_layers)
     if isinstance(config, CostEffConfig):
-        settings = ExitConfig.resolve(None, config.exit_config)
+        settings = ExitConfig.resolve(False if full_depth else None, config.exit_config)
         checked = ExitPlan.make(settings, config.exit_layers, config.resolved_problem_type).stops
         spent = {length: cumulative_flops(config, length, checked) for length in lengths}
         found = [spent[length][layer - 1] if layer else 0 for layer, length in _pairs(layers, seq_lengths)]
@@ -85,13 +89,16 @@ def _pairs(layers: Tensor, lengths: Tensor) -> zip[tuple[int, int]]:
     return zip(layers.tolist(), lengths.tolist(), strict=True)
 
 
-def cascade_flops(config: CostEffCascadeConfig, layers_run: Tensor, seq_lengths: Tensor) -> Tensor:
+def cascade_flops(
+    config: CostEffCascadeConfig, layers_run: Tensor, seq_lengths: Tensor, full_depth: bool = False
+) -> Tensor:
     """FLOPs of every row, over all members that it came to (Li et al. 2021 count layers in the same way).
 
     Args:
         config: The cascade's.
         layers_run: As `predict` returns it, shape (rows, members).
         seq_lengths: Tokens of each row, shape (rows,), or (rows, members) where tokenizers differ.
+        full_depth: Whether `predict` was asked for full depth, where the exits of the last member are not used.
 
     Returns:
         Shape (rows,), float64.
@@ -116,4 +123,4 @@ def cascade_flops(config: CostEffCascadeConfig, layers_run: Tensor, seq_lengths:
             f"{len(config.exit_layers)} members. Give what `predict` returned, and the length of each row."
         )
     columns = zip(config.members, layers_run.unbind(1), lengths.unbind(1), strict=True)
-    return torch.stack([member_flops(*column) for column in columns]).sum(0)
+    return torch.stack([member_flops(*column, full_depth=full_depth) for column in columns]).sum(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,27 +22,39 @@ from transformers.utils import logging
 from .cascade import make_cascade, save_cascade
 from .cascade_costs import classifier_flops
 from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
-from .checksums import fingerprint_of
-from .configuration_cascade import FEWEST_MEMBERS
+from .checksums import fingerprint, fingerprint_of
+from .configuration_cascade import FEWEST_MEMBERS, match_labels, naming_member
 from .conversion import longest_text
 from .data import DataArguments, PreparedData, make_collator, prepare_data
-from .difficulty import HARD, RIGHT_FILE, RULES, Difficulty, check_hard_rows, difficulty_labels, mark_hard_rows
+from .difficulty import (
+    HARD,
+    RIGHT_FILE,
+    RULES,
+    Difficulty,
+    check_hard_rows,
+    difficulty_labels,
+    difficulty_part,
+    mark_hard_rows,
+)
 from .distillation import stage_arguments
 from .efficiency import PAPER_SEQ_LENGTH
 from .evaluation import ExitReliability, exit_reliability
 from .exit_criteria import REGRESSION
-from .losses import difficulty_loss
 from .recipes import Phase
 from .staged_run import Stage, StagedRun
 from .trainer import TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
-DIFFICULTY = "difficulty"
+TELLS = ("difficulty_folds", "difficulty_seeds")
+"""What decides which rows are hard."""
+OF_DIFFICULTY = (*TELLS, "difficulty_rule", "difficulty_weight", "difficulty_margin")
 
 
 class MemberTrainer(TeacherTrainer):
     """Fine-tunes a stock classifier on true labels, with difficulty-aware regularisation where its weight is above 0.
+
+    With it, `task_loss` and `difficulty_loss` are logged by name. It takes no part in evaluation.
 
     Args:
         model: A stock sequence classifier. A model of this package has [`CostEffTrainer`].
@@ -71,9 +83,10 @@ class MemberTrainer(TeacherTrainer):
         """The task loss, plus the weighted difficulty loss of marked rows, and the model's outputs if asked for."""
         hard = inputs.pop(HARD, None)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if hard is not None and self.args.difficulty_weight:
-            part = difficulty_loss([outputs.logits], hard, self.problem_type, self.args.difficulty_margin)
-            loss = loss + self.args.difficulty_weight * part
+        parts = difficulty_part(model, [outputs.logits], hard, self.problem_type, self.args)
+        if parts:
+            self._record({"task_loss": loss, **parts})
+            loss = loss + self.args.difficulty_weight * parts["difficulty_loss"]
         return (loss, outputs) if return_outputs else loss
 
 
@@ -110,9 +123,15 @@ class CascadeArguments:
     def __post_init__(self) -> None:
         if len(self.models) < FEWEST_MEMBERS:
             raise ValueError(f"`models` is {self.models}. A cascade takes {FEWEST_MEMBERS} or more, smallest first.")
-        for name, low in (("difficulty_weight", 0), ("difficulty_seeds", 1), ("batch_size", 1), ("seed", 0)):
+        if len(set(self.models)) < len(self.models):
+            raise ValueError(
+                f"`models` is {self.models}, one of them twice. A second copy answers what the first does."
+            )
+        for name, low in (("difficulty_folds", 2), ("difficulty_seeds", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. It must be at least {low}.")
+        if not 0 <= self.difficulty_weight < math.inf:
+            raise ValueError(f"`difficulty_weight` is {self.difficulty_weight}. It must be at least 0.")
         for name in ("epochs", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0.")
@@ -150,7 +169,7 @@ def train_cascade(
 
     Args:
         arguments: Members and training.
-        data_arguments: Rows. The last member with a head decides the labels.
+        data_arguments: Rows. The last member with a head decides the labels, or the last that has names for them.
         dataset: Loaded rows, instead of those that `data_arguments` names.
 
     Raises:
@@ -180,8 +199,10 @@ class CascadeTraining(StagedRun):
     def run(self) -> CascadeResult:
         """Go through the stages that are not done yet, then put the members together and look at their exits."""
         loaded = [load_unfinished_classifier(name, dtype=torch.float32) for name in self.names]
-        finished = [model for model, missing in loaded if not missing]
-        self.label_config = finished[-1].config if finished else None
+        finished = [model.config for model, missing in loaded if not missing]
+        self.label_config = naming_member(finished) if finished else None
+        if finished:
+            match_labels(finished)
         self.rows = [
             self._prepare(model, tokenizer) for (model, _), tokenizer in zip(loaded, self.tokenizers, strict=True)
         ]
@@ -189,13 +210,16 @@ class CascadeTraining(StagedRun):
         self.with_difficulty = bool(loaded[0][1] and self.arguments.difficulty_weight)
         if self.with_difficulty and self.data.problem_type == REGRESSION:
             raise ValueError("The labels are numbers, which are neither easy nor hard. Give --difficulty_weight 0.")
-        unfinished = [number for number, (_, missing) in enumerate(loaded, start=1) if missing]
-        stages = [Stage.of_model(f"member-{number}", partial(self._fine_tune, number)) for number in unfinished]
+        unfinished = {number: f"member-{number}" for number, (_, missing) in enumerate(loaded, start=1) if missing}
         if self.with_difficulty:
-            stages.insert(0, Stage(DIFFICULTY, self._tell_difficulty))
+            self.difficulty_stage = f"difficulty-{self._key(TELLS)}"
+            unfinished[1] += f"-{self._key(OF_DIFFICULTY)}"
+        stages = [Stage.of_model(name, partial(self._fine_tune, number, name)) for number, name in unfinished.items()]
+        if self.with_difficulty:
+            stages.insert(0, Stage(self.difficulty_stage, self._tell_difficulty))
         self._go_through(stages, self._settings(loaded))
         members = [
-            self._load(f"member-{number}") if number in unfinished else model
+            self._load(unfinished[number]) if number in unfinished else model
             for number, (model, _) in enumerate(loaded, start=1)
         ]
         for member in members:
@@ -217,9 +241,18 @@ class CascadeTraining(StagedRun):
         )
 
     def _settings(self, loaded: list[tuple[PreTrainedModel, list[str]]]) -> dict[str, Any]:
-        values = {name: value for name, value in vars(self.arguments).items() if name != "output_dir"}
-        bodies = [fingerprint_of(model, without=missing) for model, missing in loaded]
-        return {**values, "models": self.names, "weights": bodies, "data_fingerprint": self.data.fingerprint()}
+        others = ("output_dir", *OF_DIFFICULTY)  # those name the stages that they decide
+        values = {name: value for name, value in vars(self.arguments).items() if name not in others}
+        return {
+            **values,
+            "models": self.names,
+            "weights": [fingerprint_of(model, without=missing) for model, missing in loaded],
+            "data_fingerprint": self.data.fingerprint(),
+            "max_length": [rows.max_length for rows in self.rows],
+        }
+
+    def _key(self, names: Sequence[str]) -> str:
+        return fingerprint(repr(getattr(self.arguments, name)) for name in names)[:8]
 
     def _fresh(self, number: int) -> PreTrainedModel:
         """The checkpoint with a new head, in the state that the seed gives it."""
@@ -240,21 +273,29 @@ class CascadeTraining(StagedRun):
             self.rows[0].train,
             make_collator(self.tokenizers[0]),
             train,
-            self.store.working_dir(DIFFICULTY),
+            self.store.working_dir(self.difficulty_stage),
             folds=wanted.difficulty_folds,
             seeds=[wanted.seed + number for number in range(wanted.difficulty_seeds)],
         )
         return lambda folder: np.save(folder / RIGHT_FILE, found.right), {"right": float(found.right.mean())}
 
     def _hard_rows(self) -> np.ndarray:
-        return Difficulty(np.load(self.store.files(DIFFICULTY) / RIGHT_FILE)).hard(self.arguments.difficulty_rule)
+        right = np.load(self.store.files(self.difficulty_stage) / RIGHT_FILE)
+        return Difficulty(right).hard(self.arguments.difficulty_rule)
 
-    def _fine_tune(self, number: int) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def _fine_tune(self, number: int, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         rows, weight = self.rows[number - 1].train, 0.0
         if number == 1 and self.with_difficulty:
-            rows, weight = mark_hard_rows(rows, self._hard_rows()), self.arguments.difficulty_weight
-        folder = self.store.working_dir(f"member-{number}")
-        model, record = self._train(number, rows, self.seed, folder, weight)
+            hard = self._hard_rows()
+            if hard.any() and not hard.all():
+                rows, weight = mark_hard_rows(rows, hard), self.arguments.difficulty_weight
+            else:
+                logger.warning(
+                    f"Of {len(hard)} rows {'all' if hard.any() else 'none'} are hard for the smallest member, so it is "
+                    "trained without difficulty. Another --difficulty_rule or more --difficulty_seeds may tell some "
+                    "apart, in the same folder."
+                )
+        model, record = self._train(number, rows, self.seed, self.store.working_dir(stage), weight)
         return model, {**record, "rows": len(rows), "difficulty_weight": weight}
 
     def _train(

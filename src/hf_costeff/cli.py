@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     taken = 2 if " ".join(words[:2]) in COMMANDS else 1
     name = " ".join(words[:taken])
     if name not in COMMANDS:
-        sys.stderr.write(f"hf-costeff: unknown command {words[0]!r}\n{usage}\n")
+        group = ", ".join(known for known in COMMANDS if known.startswith(f"{words[0]} "))
+        hint = f". Give one of: {group}" if group else ""
+        sys.stderr.write(f"hf-costeff: unknown command {' '.join(words[: 2 if group else 1])!r}{hint}\n{usage}\n")
         return 2
     command = COMMANDS[name]
     try:

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: `@strict` skips the type check of a field whose annotation is a string.
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,10 +25,15 @@ def label_names(config: PreTrainedConfig) -> list[str] | None:
     return None if all(name == f"label_{label}" for label, name in enumerate(names)) else names
 
 
+def naming_member(configs: Sequence[PreTrainedConfig]) -> PreTrainedConfig:
+    """The member whose labels the cascade takes: the last that has names, or the last of all if none has."""
+    return next((config for config in reversed(configs) if label_names(config) is not None), configs[-1])
+
+
 def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
     """Where the labels of every member stand among its own logits, in the order of the last member.
 
-    Labels are matched by name, without case; by position where one side has no names but LABEL_0, LABEL_1, ...
+    Labels are matched by name, without case; by position for a member that has no names but LABEL_0, LABEL_1, ...
 
     Args:
         configs: Of the members.
@@ -36,7 +42,8 @@ def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
         For every member one position per label; `None` where the order is that of the last member.
 
     Raises:
-        ValueError: Label sets or problem types that differ; both sides are named.
+        ValueError: Label sets or problem types that differ, or orders that differ while the last member has no names;
+            both sides are named.
 
     Example:
         >>> from transformers import BertConfig
@@ -44,8 +51,9 @@ def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
         >>> match_labels([BertConfig(id2label=id2label) for id2label in names])
         [[1, 0], None]
     """
-    last = configs[-1]
-    wanted, kind = label_names(last), problem_type_of(last)
+    last, naming = configs[-1], naming_member(configs)
+    wanted, kind = label_names(naming), problem_type_of(last)
+    other = "the last member" if naming is last else f"member {configs.index(naming) + 1}"
     found: list[list[int] | None] = []
     for number, config in enumerate(configs, start=1):
         names = label_names(config)
@@ -56,14 +64,20 @@ def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
             )
         if names is None or wanted is None or names == wanted:
             found.append(None)
-        elif sorted(names) == sorted(wanted) and len(set(names)) == len(names):
-            found.append([names.index(name) for name in wanted])
-        else:
+            continue
+        sides = f"Member {number} has the labels {list(config.id2label.values())} and {other} "
+        sides += f"{list(naming.id2label.values())}"
+        if sorted(names) != sorted(wanted) or len(set(names)) < len(names):
             raise ValueError(
-                f"Member {number} has the labels {list(config.id2label.values())} and the last member "
-                f"{list(last.id2label.values())}. They must be the same names, in any order. If they mean the same, "
-                "give both the same `id2label`."
+                f"{sides}. They must be the same names, in any order. If they mean the same, give both the same "
+                "`id2label`."
             )
+        if naming is not last:
+            raise ValueError(
+                f"{sides}, in another order, and the last member has no names, so nobody knows which of them its "
+                "LABEL_0 is. Give the last member its `id2label`."
+            )
+        found.append([names.index(name) for name in wanted])
     return found
 
 
@@ -71,7 +85,8 @@ def match_labels(configs: Sequence[PreTrainedConfig]) -> list[list[int] | None]:
 class CostEffCascadeConfig(PreTrainedConfig):
     """Configuration of [`CostEffCascade`]: complete models of growing cost, tried one after the other.
 
-    Labels, their order and the problem type are those of the last member (CascadeBERT, Li et al. 2021).
+    The order of the labels and the problem type are those of the last member, names those of the last one that has some
+    (CascadeBERT, Li et al. 2021).
 
     Args:
         members: Configurations of the members, smallest first, at least two: objects or their dicts. Any sequence
@@ -104,10 +119,9 @@ class CostEffCascadeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.members = [_config_of(member) for member in self.members or ()]
         if self.members and getattr(self, "id2label", None) is None and kwargs.get("num_labels") is None:
-            last = self.members[-1]
-            self.id2label = dict(last.id2label)
+            self.id2label = dict(naming_member(self.members).id2label)
             self.label2id = {name: label for label, name in self.id2label.items()}
-            self.problem_type = problem_type_of(last)
+            self.problem_type = problem_type_of(self.members[-1])
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,6 +147,16 @@ class CostEffCascadeConfig(PreTrainedConfig):
     def label_positions(self) -> list[list[int] | None]:
         """As [`match_labels`] of the members."""
         return match_labels(self.members)
+
+    @property
+    def member_settings(self) -> str:
+        """What decides the answers of the members besides their weights, as text: exit settings and orders of labels.
+
+        Records of how settings were chosen are left out.
+        """
+        chosen = [getattr(member, "exit_config", None) or {} for member in self.members]
+        settings = [{name: own[name] for name in own if name != "calibration"} for own in chosen]
+        return json.dumps([settings, self.label_positions], sort_keys=True)
 
     def validate_members(self) -> None:
         """Refuse too few members, a cascade within, and members whose labels do not agree with the last one's."""
@@ -164,15 +188,32 @@ class CostEffCascadeConfig(PreTrainedConfig):
         check_exit_config(self.exit_config)
 
 
+def require_single_model(config: PreTrainedConfig, what: str) -> None:
+    """Refuse a cascade where a single model is needed.
+
+    Args:
+        config: Of the model.
+        what: Its name, as the subject of a sentence.
+
+    Raises:
+        ValueError: Saying what works with cascades.
+    """
+    if config.model_type == CostEffCascadeConfig.model_type:
+        raise ValueError(
+            f"{what} is a cascade, and a single model is needed. Name its members instead; a cascade itself is served "
+            "by hf-costeff cascade calibrate, cascade predict and push."
+        )
+
+
 def _is_folder(name: Any) -> bool:
     """The model's own folder or one directly below it: names come from files that anybody may have written."""
     return isinstance(name, str) and not name.startswith(".") and "/" not in name and "\\" not in name
 
 
 def _values_of(member: PreTrainedConfig) -> dict[str, Any]:
-    """What differs from the defaults; nothing of where the member was loaded from."""
+    """What differs from the defaults; nothing of where the member was loaded from, nor its precision, the cascade's."""
     values = member.to_diff_dict()
-    return {name: value for name, value in values.items() if name not in ("transformers_version", "auto_map")}
+    return {name: value for name, value in values.items() if name not in ("transformers_version", "auto_map", "dtype")}
 
 
 def _config_of(member: Any) -> PreTrainedConfig:

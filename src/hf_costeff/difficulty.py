@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
@@ -22,7 +23,9 @@ from .checksums import fingerprint
 from .configuration_costeff import problem_type_of
 from .evaluation import Collator, collect_exit_logits, row_keys
 from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL, answers, same_answers
+from .losses import difficulty_loss
 from .stages import StageStore
+from .training_args import CostEffTrainingArguments
 
 HARD = "hard"
 """Name of the column that marks hard training rows with 1."""
@@ -101,6 +104,29 @@ def check_hard_rows(dataset: Any, problem_type: str) -> None:
     _check_both_kinds(np.asarray(dataset[HARD]))
 
 
+def difficulty_part(
+    model: nn.Module,
+    exit_logits: Sequence[Tensor],
+    hard: Tensor | None,
+    problem_type: str,
+    args: CostEffTrainingArguments,
+) -> dict[str, Tensor]:
+    """The part `difficulty_loss` of a training loss; nothing where it has no weight, or for rows without marks.
+
+    Nothing in evaluation either, because its pairs are drawn at random.
+
+    Args:
+        model: In training mode, or not.
+        exit_logits: As for [`hf_costeff.losses.difficulty_loss`], as the next two.
+        hard: 1 for a hard row, 0 for an easy one, shape (batch,); `None`: no marks.
+        problem_type: As upstream's `config.problem_type`.
+        args: Weight and margin.
+    """
+    if hard is None or not model.training or not args.difficulty_weight:
+        return {}
+    return {"difficulty_loss": difficulty_loss(exit_logits, hard, problem_type, args.difficulty_margin)}
+
+
 def _check_both_kinds(marks: np.ndarray) -> None:
     if marks.all() or not marks.any():
         count = "all" if len(marks) and marks.all() else "none"
@@ -137,8 +163,8 @@ def difficulty_labels(
         show_progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: Rows without labels or of a regression task, too few rows or folds, repeated seeds, or another run
-            in `output_dir`.
+        ValueError: Rows without labels or of a regression task, too few rows, texts or folds, too many folds for the
+            classes, repeated seeds, or another run in `output_dir`.
     """
     if "labels" not in dataset.column_names:
         raise ValueError(
@@ -148,6 +174,15 @@ def difficulty_labels(
         raise ValueError(
             f"`folds` is {folds} and `seeds` {list(seeds)} for {len(dataset)} rows. Folds must lie in "
             f"2..{len(dataset)}, and there must be one seed or more, all different."
+        )
+    if isinstance(dataset[0]["labels"], float):
+        raise ValueError("The labels are numbers, which are neither right nor wrong, so no row is easy or hard.")
+    groups, classes = _groups_and_classes(dataset)
+    most, texts = int(np.bincount(classes).max()), len(np.unique(groups))
+    if folds > min(most, texts):
+        raise ValueError(
+            f"`folds` is {folds}, and the rows have {texts} different texts and at most {most} rows of one class. "
+            "Ask for no more folds than either, at least 2, or give more rows."
         )
     data = fingerprint(map(str, row_keys(dataset)))
     store = StageStore(output_dir, {**(settings or {}), "folds": folds, "seeds": list(seeds), "rows": data})
@@ -168,11 +203,16 @@ def difficulty_labels(
     return Difficulty(right)
 
 
-def _folds(dataset: Dataset, folds: int, seed: int) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
-    """Name, seed, rows to train on and rows held out of every fold."""
+def _groups_and_classes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the text and of the class of every row; with several labels per row all are of one class."""
     groups = np.unique([str(ids) for ids in dataset["input_ids"]], return_inverse=True)[1]
     labels = np.array(dataset["labels"])
-    classes = labels if labels.ndim == 1 else np.zeros(len(labels))
+    return groups, np.unique(labels, return_inverse=True)[1] if labels.ndim == 1 else np.zeros(len(labels), dtype=int)
+
+
+def _folds(dataset: Dataset, folds: int, seed: int) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
+    """Name, seed, rows to train on and rows held out of every fold."""
+    groups, classes = _groups_and_classes(dataset)
     cut = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed).split(groups, classes, groups)
     for number, (rest, held) in enumerate(cut, start=1):
         yield f"seed-{seed}-fold-{number}", seed, rest, held

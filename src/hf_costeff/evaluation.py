@@ -189,13 +189,14 @@ class ExitReliability:
     Args:
         member: Member of a cascade, counted from 1; 1 for a single model.
         layer: 1-based layer of the exit; the depth of a stock member.
-        metric: The task metric if every row were answered here.
+        metric: The task metric if every row were answered here; of a gated model every row that runs this layer, and
+            `None` if there is none.
         discrimination: [`difficulty_inversion_score`] of these answers, in 0..1.
     """
 
     member: int
     layer: int
-    metric: float
+    metric: float | None
     discrimination: float | None
 
 
@@ -230,10 +231,12 @@ def exit_reliability(
         records = collect_exit_logits(member, rows, pad, description=shown, show_progress=show_progress)
         labels = records.known_labels()
         layers = getattr(member.config, "exit_layers", None) or [member.config.num_hidden_layers]
-        for layer, logits in zip(layers, records.logits.unbind(1), strict=True):
-            said = logits if order is None else logits[:, order]
-            area = difficulty_inversion_score(said, labels, problem_type)
-            found.append(ExitReliability(number, layer, function(said.numpy(), labels), area))
+        answered = records.asked_at(layers)
+        for layer, logits, own in zip(layers, records.logits.unbind(1), answered.T, strict=True):
+            said, truth = logits[own] if order is None else logits[own][:, order], labels[own]
+            value = function(said.numpy(), truth) if own.any() else None
+            area = difficulty_inversion_score(said, truth, problem_type) if own.any() else None
+            found.append(ExitReliability(number, layer, value, area))
     return found
 
 
@@ -247,6 +250,7 @@ def calibrate(
     max_metric_drop: float | None = None,
     max_disagreement: float | None = None,
     target_speedup: float | None = None,
+    max_megaflops: float | None = None,
     max_latency_ms: float | None = None,
     reference_flops: float | None = None,
     exit_times: ExitTimes | None = None,
@@ -276,12 +280,14 @@ def calibrate(
         max_disagreement: Goal: share of the rows, in points, that may answer otherwise than full depth. Needs no
             labels.
         target_speedup: Goal: the ratio of FLOPs to reach, or with `exit_times` of time. Has no guarantee.
+        max_megaflops: Goal: millions of FLOPs per row, on average at the rows' own lengths. Has no guarantee.
         max_latency_ms: Goal: milliseconds per text, on average. Needs `exit_times`; has no guarantee.
         reference_flops: What the speed-up is measured against, FLOPs per row; `None`: this model at full depth.
         exit_times: What the exits take on the machine that will serve, from
             [`hf_costeff.exit_times.measure_exit_times`]. `None`: FLOPs count. There are none for a cascade.
         guarantee: Whether the loss must keep to the goal on new rows of the same distribution, with probability
-            1 - `delta` over the sample. The promise names the weights; if none can be made, nobody leaves early.
+            1 - `delta` over the sample. The promise names the weights, and of a cascade the settings of its members; if
+            none can be made, nobody leaves early.
         delta: Largest chance of a broken promise, above 0 and below 1.
         criterion: A key of `CRITERIA`; `None`: entropy, for regression patience.
         per_exit: Whether every exit gets its own threshold; otherwise one serves all.
@@ -302,7 +308,7 @@ def calibrate(
     """
     if not isinstance(model, CostEffForSequenceClassification | CostEffCascade):
         raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
-    values = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_latency_ms)
+    values = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_megaflops, max_latency_ms)
     goals: dict[str, Any] = dict(zip(GOALS, values, strict=True))
     goals |= {"reference_flops": reference_flops, "exit_times": exit_times, "guarantee": guarantee, "delta": delta}
     accuracy = "accuracy" if max_accuracy_drop is not None else None
@@ -321,9 +327,8 @@ def calibrate(
         settings.calibration["exits_chosen_by_time"] = True
     if trained_rows:
         settings.calibration["trained_rows"] = trained_rows
-    promise = settings.calibration.get("promise")
-    if promise is not None:
-        promise["fingerprint"] = weights_fingerprint(model if isinstance(model, CostEffCascade) else model.costeff)
+    if "promise" in settings.calibration:
+        settings.calibration["promise"]["fingerprint"] = _promised_for(model)
     if isinstance(model, CostEffCascade):
         _warn_if_dearer(settings)
     model.config.exit_config = settings.to_dict()
@@ -340,6 +345,12 @@ def _calibration_records(
     if isinstance(model, CostEffCascade):
         return collect_member_logits(model, datasets, collators, **showing)
     return collect_exit_logits(model, datasets[0], collators[0], **showing)
+
+
+def _promised_for(model: CostEffForSequenceClassification | CostEffCascade) -> str:
+    if isinstance(model, CostEffCascade):
+        return weights_fingerprint(model, model.config.member_settings)
+    return weights_fingerprint(model.costeff)
 
 
 def _warn_if_dearer(settings: ExitConfig) -> None:

@@ -537,7 +537,8 @@ class ExitConfig:
             if early_exit and stored is None:
                 raise ValueError(
                     "early_exit=True uses the settings saved in the model, and this model has none. Run "
-                    "`hf-costeff calibrate`, or pass a threshold: predict(..., early_exit=0.3)."
+                    "`hf-costeff calibrate`, for a cascade `hf-costeff cascade calibrate`, or pass a threshold: "
+                    "predict(..., early_exit=0.3)."
                 )
             return stored
         if isinstance(early_exit, cls):

@@ -260,6 +260,7 @@ class LayerSkipping(StagedRun):
             **settings,
             "model_fingerprint": fingerprint_of(self.given, without=self.missing),
             "data_fingerprint": self.data.fingerprint(),
+            "max_length": self.data.max_length,
         }
 
     def _train_backbone(self) -> tuple[PreTrainedModel, dict[str, Any]]:

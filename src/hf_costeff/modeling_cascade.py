@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -42,10 +45,10 @@ class CostEffCascadePrediction(CostEffPrediction):
 
 
 def build_member(config: PreTrainedConfig) -> PreTrainedModel:
-    """An empty classifier of a member's own configuration."""
+    """An empty classifier of a member's own configuration, in torch's default precision, which loading sets."""
     if config.model_type == CostEffConfig.model_type:  # which only an importer of this package has registered
         return CostEffForSequenceClassification(config)
-    return AutoModelForSequenceClassification.from_config(config)
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.get_default_dtype())
 
 
 class CostEffCascade(CostEffPreTrainedModel):
@@ -74,16 +77,23 @@ class CostEffCascade(CostEffPreTrainedModel):
     ) -> CostEffCascade:
         """A cascade of these very models; they are not copied.
 
-        [`hf_costeff.cascade.make_cascade`] also loads them, puts them in the order of their cost and compares their
-        tokenizers.
+        A saved model has one precision, so all members get the widest of theirs, in place. The order is taken as it is,
+        and so is that all read the same token indices: [`hf_costeff.cascade.make_cascade`] also loads members, puts
+        them in the order of their cost and compares their tokenizers.
 
         Args:
-            members: Sequence classifiers, smallest first.
+            members: Sequence classifiers, smallest first: the cascade asks them in this order, whatever they cost.
             member_tokenizers: As in [`CostEffCascadeConfig`].
 
         Raises:
             StrictDataclassError: As [`CostEffCascadeConfig`].
+            ValueError: One model as two members.
         """
+        if len({id(member) for member in members}) < len(members):
+            raise ValueError(
+                "The same model is given as two members. It would answer the same twice, and cannot be saved so: give "
+                "each model once."
+            )
         config = CostEffCascadeConfig(
             members=[member.config for member in members], member_tokenizers=member_tokenizers
         )
@@ -91,7 +101,8 @@ class CostEffCascade(CostEffPreTrainedModel):
             cascade = cls(config)
         cascade.members = nn.ModuleList(members)
         config.members = [member.config for member in members]
-        return cascade.to(members[-1].device).train(members[-1].training)
+        dtypes = [tensor.dtype for tensor in cascade.parameters() if tensor.is_floating_point()]
+        return cascade.to(members[-1].device, reduce(torch.promote_types, dtypes)).train(members[-1].training)
 
     def member(self, index: int) -> PreTrainedModel:
         """A member by its place in the list, counted from 0."""
@@ -128,7 +139,8 @@ class CostEffCascade(CostEffPreTrainedModel):
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         last = self.member(-1)
-        return last(**_accepted(last, inputs), labels=labels, **kwargs)
+        with _telling_of_rows(len(self.members), last, input_ids):
+            return last(**_accepted(last, inputs), labels=labels, **kwargs)
 
     def predict(
         self,
@@ -156,7 +168,8 @@ class CostEffCascade(CostEffPreTrainedModel):
 
         Raises:
             ValueError: Empty batch, a row of padding only, `early_exit=True` without saved settings, settings that do
-                not fit, logits that are not finite, or members that read other token indices.
+                not fit, rows that a member cannot read, logits that are not finite, or members that read other token
+                indices.
         """
         if input_ids is None or input_ids.dim() != 2 or 0 in input_ids.shape:
             found = "None" if input_ids is None else f"of shape {tuple(input_ids.shape)}"
@@ -189,7 +202,8 @@ class CostEffCascade(CostEffPreTrainedModel):
         """
         settings = ExitConfig.resolve(early_exit, self.config.exit_config)
         plan = ExitPlan.make(settings, self.config.exit_layers, self.config.resolved_problem_type)
-        warn_if_void(self, None if settings is None else settings.calibration)
+        calibration = None if settings is None else settings.calibration
+        warn_if_void(self, calibration, settings=self.config.member_settings)
         return plan
 
     def ask_member(self, member: int, inputs: dict[str, Any], full_depth: bool = False) -> tuple[Tensor, Tensor]:
@@ -208,7 +222,8 @@ class CostEffCascade(CostEffPreTrainedModel):
             prediction = model.predict(**inputs, early_exit=False if full_depth else None)
             logits, exit_layer = prediction["logits"], prediction["exit_layer"]
         else:
-            logits = model(**_accepted(model, inputs)).logits
+            with _telling_of_rows(member, model, inputs["input_ids"]):
+                logits = model(**_accepted(model, inputs)).logits
             exit_layer = torch.full(logits.shape[:1], model.config.num_hidden_layers, device=logits.device)
         positions = self.config.label_positions[member - 1]
         return (logits if positions is None else logits[:, positions]), exit_layer
@@ -270,6 +285,25 @@ def _check_finite(logits: Tensor, rows: Tensor, member: int) -> None:
             f"finite: the checkpoint is broken, or too large for {logits.dtype}. Load an intact one, or use "
             "dtype=torch.float32."
         )
+
+
+@contextmanager
+def _telling_of_rows(number: int, member: PreTrainedModel, input_ids: Tensor | None) -> Iterator[None]:
+    """A clear error where a member fails on rows that are too long for it, or not of its vocabulary."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if input_ids is None or not input_ids.numel():
+            raise
+        length, highest, vocabulary = input_ids.shape[1], int(input_ids.max()), member.config.vocab_size
+        positions = getattr(member.config, "max_position_embeddings", None) or math.inf
+        if highest < vocabulary and length + 2 <= positions:  # RoBERTa counts positions from 2
+            raise
+        raise ValueError(
+            f"Member {number} cannot read these rows: they are {length} tokens long, with token indices up to "
+            f"{highest}, and it has {positions} positions and a vocabulary of {vocabulary}. Cut longer texts. If its "
+            "tokenizer is another than that of the other members, build the cascade with hf_costeff.make_cascade."
+        ) from error
 
 
 def _accepted(model: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

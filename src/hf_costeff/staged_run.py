@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .configuration_cascade import require_single_model
 from .data import PreparedData, make_collator
 from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
 from .evaluation import row_keys
@@ -83,6 +84,7 @@ class StagedRun:
             raise ValueError("`metric` is 'mse', which falls as models improve. Choose by spearman or pearson.")
 
     def _prepared(self, model: PreTrainedModel) -> PreTrainedModel:
+        require_single_model(model.config, model.name_or_path)
         return prepared(model, self.device, self.bf16)
 
     def _go_through(self, stages: Sequence[Stage], settings: Mapping[str, Any]) -> None:

@@ -24,11 +24,11 @@ from .augmentation import replace_tokens
 from .block_training import Regularizer
 from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig, problem_type_of
-from .difficulty import HARD, check_hard_rows
+from .difficulty import HARD, check_hard_rows, difficulty_part
 from .efficiency import count_parameters
 from .exit_criteria import MULTI_LABEL, REGRESSION
 from .hub import CARD, is_written_by_hand, push_folder
-from .losses import difficulty_loss, representation_loss, soft_label_loss, task_loss, weighted_sum
+from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
 from .metrics import compute_metrics as default_metrics
 from .model_card import TrainingCard, describe_losses
 from .modeling_costeff import CostEffForSequenceClassification
@@ -103,11 +103,33 @@ class Teacher:
 
 
 class ResumableTrainer(Trainer):
-    """Upstream's Trainer with checksums in its checkpoints, so that a damaged one is noticed and passed over."""
+    """Upstream's Trainer with checksums in its checkpoints, so that a damaged one is noticed and passed over.
+
+    Parts of the loss that a subclass records are logged by name.
+    """
 
     loss_columns: tuple[str, ...] = ()
     """Columns that the loss reads and the model does not; upstream would drop them."""
     _signature_columns: list[str] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._logged_parts: dict[str, Tensor] = {}
+        self._logged_steps = 0
+
+    def _record(self, parts: dict[str, Tensor]) -> None:
+        for name, part in parts.items():
+            self._logged_parts[name] = self._logged_parts.get(name, 0) + part.detach()
+        self._logged_steps += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Upstream's log, with the mean of every loss part since the last one."""
+        if "loss" in logs and self._logged_steps:
+            for name, total in self._logged_parts.items():
+                mean = self.accelerator.gather(total / self._logged_steps).mean()
+                logs[name] = round(mean.item(), 4)
+            self._logged_parts, self._logged_steps = {}, 0
+        super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -273,8 +295,6 @@ class CostEffTrainer(ResumableTrainer):
         self.regularizers = [self.contrast, self.incentive, *([regularizer] if regularizer else [])]
         for each in self.regularizers:
             self.add_callback(each)
-        self._logged_parts: dict[str, Tensor] = {}
-        self._logged_steps = 0
 
     def _check_token_replacement(self) -> None:
         if self.teacher is None or self.loss_weights["task_loss"]:
@@ -394,10 +414,7 @@ class CostEffTrainer(ResumableTrainer):
         outputs = model(**inputs, output_hidden_states=wants_states, **options)
         exit_logits = outputs.exit_logits[LEARNING_EXITS[self.args.trained_parts]]
         parts = self._loss_parts(outputs, exit_logits, inputs, labels, imitates)
-        if hard is not None and self.args.difficulty_weight:
-            problem_type = self.model.config.resolved_problem_type
-            margin = self.args.difficulty_margin
-            parts["difficulty_loss"] = difficulty_loss(exit_logits, hard, problem_type, margin)
+        parts |= difficulty_part(model, exit_logits, hard, self.model.config.resolved_problem_type, self.args)
         if model.training:
             parts |= self.contrast.parts(outputs, inputs.get("attention_mask")) | self.incentive.parts(outputs)
             self._record(parts)
@@ -456,18 +473,9 @@ class CostEffTrainer(ResumableTrainer):
             return {name: self.loss_weights[name] * (name == "representation_loss") for name in parts}
         return {**self.loss_weights, "skip_loss": self.incentive.weight}
 
-    def _record(self, parts: dict[str, Tensor]) -> None:
-        for name, part in parts.items():
-            self._logged_parts[name] = self._logged_parts.get(name, 0) + part.detach()
-        self._logged_steps += 1
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Upstream's log, with the mean of every loss part since the last one."""
+        """As [`ResumableTrainer.log`], with what the regularizers say."""
         if "loss" in logs and self._logged_steps:
-            for name, total in self._logged_parts.items():
-                mean = self.accelerator.gather(total / self._logged_steps).mean()
-                logs[name] = round(mean.item(), 4)
-            self._logged_parts, self._logged_steps = {}, 0
             for regularizer in self.regularizers:
                 logs |= regularizer.logs()
         super().log(logs, start_time)

@@ -36,6 +36,9 @@ class SettingsArguments:
     target_speedup: float | None = field(
         default=None, metadata={"help": "Goal: FLOPs ratio to this model's full depth."}
     )
+    max_megaflops: float | None = field(
+        default=None, metadata={"help": "Goal: millions of FLOPs per row on average, at the rows' own lengths."}
+    )
     metric: str | None = field(default=None, metadata={"help": "For --max_metric_drop. Default: by problem type."})
     guarantee: bool = field(
         default=False,
@@ -66,7 +69,7 @@ class SettingsArguments:
     @property
     def goals(self) -> dict[str, Any]:
         """All goals, of which one is given."""
-        names = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", "target_speedup")
+        names = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", "target_speedup", "max_megaflops")
         return {name: getattr(self, name) for name in names}
 
 
@@ -94,6 +97,8 @@ class CalibrationArguments(SettingsArguments):
         idle = [f"`{name}`" for name in ("batch_size", "threads") if getattr(self, name) is not None]
         if idle and not self.timed:
             raise ValueError(f"{' and '.join(idle)} set how times are measured, and none are. Add `measured`.")
+        if self.measured and self.max_megaflops is not None:
+            raise ValueError("`max_megaflops` counts FLOPs, and `measured` counts time. Leave one out.")
 
     @property
     def goals(self) -> dict[str, Any]:
@@ -115,12 +120,7 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
             f"{wanted.model} has one exit, after its last layer, so nobody can leave early. Compress with more "
             "--exit_layers."
         )
-    split = wanted.split or ("validation" if data.validation_file else None)
-    if split is None:
-        raise ValueError(
-            "No rows to choose on are named. Give --split, of rows that no training saw and no report is made on, or "
-            "--validation_file."
-        )
+    split = split_to_choose_on(wanted, data)
     rows = prepare_split(
         data,
         split,
@@ -154,6 +154,21 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
         f"Saved in {folder}: {settings.criterion} criterion with {describe_limit(settings)}. {describe_seen(seen)}"
         f"{describe_what_holds(seen)}"
     )
+
+
+def split_to_choose_on(wanted: SettingsArguments, data: SplitArguments) -> str:
+    """The split that is named, or that of the file.
+
+    Raises:
+        ValueError: If neither is.
+    """
+    split = wanted.split or ("validation" if data.validation_file else None)
+    if split is None:
+        raise ValueError(
+            "No rows to choose on are named. Give --split, of rows that no training saw and no report is made on, or "
+            "--validation_file."
+        )
+    return split
 
 
 def describe_limit(settings: ExitConfig) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..calibration import describe_seen
 from ..cascade import load_cascade, save_cascade
@@ -11,28 +10,24 @@ from ..cascade_training import CascadeArguments, train_cascade
 from ..conversion import longest_text
 from ..data import DataArguments, SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
-from .calibrate import SettingsArguments, describe_limit, describe_what_holds
+from .calibrate import SettingsArguments, describe_limit, describe_what_holds, split_to_choose_on
 from .command import Command, writable_folder
 from .predict import PredictionArguments, answer_all
 
 
 @dataclass
 class CascadeCalibrationArguments(SettingsArguments):
-    """What a calibration of single models is asked for, with members for exits, and a budget."""
+    """What a calibration of single models is asked for, with members for exits."""
 
-    max_megaflops: float | None = field(
-        default=None, metadata={"help": "Goal: millions of FLOPs per row on average, at the rows' own lengths."}
+    model: str = field(metadata={"help": "A cascade: a local folder, or a Hub id with --output_dir."})
+    target_speedup: float | None = field(
+        default=None, metadata={"help": "Goal: FLOPs ratio to the last member at its own exit settings."}
     )
-
-    def __post_init__(self) -> None:
-        if self.max_megaflops is not None and not self.max_megaflops > 0:
-            raise ValueError(f"`max_megaflops` is {self.max_megaflops}. It must be above 0.")
-        super().__post_init__()
-
-    @property
-    def goals(self) -> dict[str, Any]:
-        """All goals, of which one is given."""
-        return {**super().goals, "max_megaflops": self.max_megaflops}
+    per_exit: bool = field(default=False, metadata={"help": "One threshold per member, not one for all."})
+    fit_temperatures: bool = field(default=True, metadata={"help": "Fit each member's temperature before thresholds."})
+    checked_exits: list[int] | None = field(
+        default=None, metadata={"help": "Members, counted from 1, that may answer before the last. Default: chosen."}
+    )
 
 
 def run_train(wanted: CascadeArguments, data: DataArguments) -> str:
@@ -54,11 +49,7 @@ def run_calibrate(wanted: CascadeCalibrationArguments, data: SplitArguments) -> 
     """Choose the cascade's thresholds, save them, and say what was seen and promised."""
     folder = writable_folder(wanted.model, wanted.output_dir)
     cascade, tokenizers = load_cascade(wanted.model)
-    split = wanted.split or ("validation" if data.validation_file else None)
-    if split is None:
-        raise ValueError(
-            "No rows to choose on are named. Give --split, of rows that no training saw, or --validation_file."
-        )
+    split = split_to_choose_on(wanted, data)
     each = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(cascade.config.members)
     longest = [longest_text(member) for member in cascade.config.members]
     rows = [
@@ -73,8 +64,6 @@ def run_calibrate(wanted: CascadeCalibrationArguments, data: SplitArguments) -> 
         for tokenizer, positions in zip(each, longest, strict=True)
     ]
     goals = {name: value for name, value in vars(wanted).items() if name not in ("model", "split", "output_dir")}
-    if (budget := goals.pop("max_megaflops")) is not None:
-        goals |= {"target_speedup": 1.0, "reference_flops": 1e6 * budget}
     settings = calibrate(cascade, rows, [make_collator(tokenizer) for tokenizer in each], **goals)
     if wanted.output_dir is None:  # only the settings change, so the weights are not written again
         cascade.config.save_pretrained(folder)

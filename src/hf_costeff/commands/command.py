@@ -11,6 +11,7 @@ from typing import Any
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from ..checkpoints import load_classifier, load_config, load_tokenizer
+from ..configuration_cascade import require_single_model
 from ..hub import copy_report_files
 from ..model_card import write_model_card
 from ..modeling_costeff import CostEffForSequenceClassification
@@ -73,8 +74,9 @@ def load_slim(name: str) -> tuple[CostEffForSequenceClassification, PreTrainedTo
         name: Local folder or Hub id.
 
     Raises:
-        ValueError: If it is not there, cannot be read, or has no exits.
+        ValueError: If it is not there, cannot be read, has no exits, or is a cascade.
     """
+    require_single_model(load_config(name), name)
     model = load_classifier(name)
     if not isinstance(model, CostEffForSequenceClassification):
         raise ValueError(
