@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--compression", type=float, default=8)
     parser.add_argument("--embedding_rank", type=int)
     parser.add_argument("--token_replacement_rate", type=float)
-    parser.add_argument("--soft_label_exit", choices=SOFT_LABEL_EXITS)
+    parser.add_argument("--soft_label_exit", choices=SOFT_LABEL_EXITS, help="Default: the recipe's.")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--runs", default="runs")
     given = parser.parse_args()

@@ -258,6 +258,26 @@ def test_every_stage_trains_on_its_own_losses_and_layers_are_compared_without_eq
     assert scored == [equilibrium, equilibrium]
 
 
+@pytest.mark.parametrize(
+    ("asked", "mean", "chosen"),
+    [("auto", 0.73, "last"), ("auto", 0.74, "same"), ("same", 0.1, "same"), ("last", 0.8, "last")],
+)
+def test_weak_exits_of_the_assistant_teach_nobody(asked, mean, chosen, teacher, tmp_path, monkeypatch):
+    """Weak: less than 92% of the last exit's 0.8, which is 0.736."""
+    given = {}
+
+    def look(self, trainer, evaluate=True):
+        given[Path(trainer.args.output_dir).name.removesuffix(".working")] = trainer.args.soft_label_exit
+        return trainer.model, {"calibration_metrics": {"eval_mean_exit_accuracy": mean, "eval_accuracy": 0.8}}
+
+    monkeypatch.setattr(Compression, "_run_trainer", look)
+    monkeypatch.setattr(Compression, "_report", lambda self, plan, stages, loaded: None)
+    compress(teacher, make_data(), tmp_path / "slim", compression=2, soft_label_exit=asked, **SPLIT)
+    assert given.pop("prediction") == chosen and set(given.values()) == {"same"}
+    record = json.loads((tmp_path / "slim" / "stages" / "prediction" / "stage.json").read_text())
+    assert record["soft_label_exit"] == chosen
+
+
 # --- going on
 
 

@@ -49,7 +49,7 @@ from .group_outcomes import class_outcomes
 from .hub import push_folder
 from .importance import compute_importance
 from .model_card import write_model_card
-from .recipes import RECIPES, Phase, Recipe
+from .recipes import AUTO, RECIPES, WEAK_EXITS, Phase, Recipe
 from .report import CompressionResult, describe_hardware, write_report
 from .slenderization import (
     ALLOCATIONS,
@@ -292,14 +292,7 @@ class Compression(StagedRun):
             )
             latest = "representation"
         before_prediction = latest
-        changes = {
-            name: getattr(self.recipe if getattr(self.arguments, name) is None else self.arguments, name)
-            for name in ("token_replacement_rate", "soft_label_exit")
-        }
-        yield Stage.of_model(
-            "prediction",
-            lambda: self._recover("prediction", before_prediction, self.recipe.prediction, **changes),
-        )
+        yield Stage.of_model("prediction", lambda: self._recover_predictions(before_prediction))
 
     # Stages
 
@@ -378,6 +371,17 @@ class Compression(StagedRun):
         best = weights.get("soft_label_weight", 1.0) > 0
         model, record = self._distil(name, self._load(before), self._load("assistant"), phase, best=best, **weights)
         return model, {**weights, **record}
+
+    def _recover_predictions(self, before: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        changes = {
+            name: getattr(self.recipe if getattr(self.arguments, name) is None else self.arguments, name)
+            for name in ("token_replacement_rate", "soft_label_exit")
+        }
+        if changes["soft_label_exit"] == AUTO:
+            seen = self.store.record("assistant")["calibration_metrics"]
+            weak = seen[f"eval_mean_exit_{self.metric}"] < WEAK_EXITS * seen[f"eval_{self.metric}"]
+            changes["soft_label_exit"] = "last" if weak else "same"
+        return self._recover("prediction", before, self.recipe.prediction, **changes)
 
     # What stages share
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from huggingface_hub.utils import validate_repo_id
 
 from .configuration_costeff import EXIT_POOLINGS
-from .recipes import RECIPES
+from .recipes import AUTO, RECIPES
 from .slenderization import ALLOCATIONS, Widths, describe_widths
 from .training_args import SOFT_LABEL_EXITS
 
@@ -48,7 +48,7 @@ class CompressionArguments:
     )
     soft_label_exit: str | None = field(
         default=None,
-        metadata={"help": "The assistant's exit that teaches each exit last: same (depth) or last. Default: recipe's."},
+        metadata={"help": "The assistant's exit that teaches each: same (depth), last or auto. Default: the recipe's."},
     )
     fine_tune_teacher: bool = field(
         default=True, metadata={"help": "Fine-tune the teacher first if it has no classification head."}
@@ -77,7 +77,7 @@ class CompressionArguments:
         if self.exit_pooling not in (None, *EXIT_POOLINGS):
             raise ValueError(f"`exit_pooling` is {self.exit_pooling!r}. It must be one of {', '.join(EXIT_POOLINGS)}.")
         for name, choices in (
-            ("soft_label_exit", (None, *SOFT_LABEL_EXITS)),
+            ("soft_label_exit", (None, AUTO, *SOFT_LABEL_EXITS)),
             ("recipe", RECIPES),
             ("allocation", ALLOCATIONS),
             ("precision", ("auto", "fp32", "bf16")),

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+AUTO = "auto"
+WEAK_EXITS = 0.92
+"""Exits are weak if the mean of the metric over all of them is less than this share of the last one's."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -53,7 +57,8 @@ class Recipe:
         representation: Recovery on hidden states alone.
         prediction: Recovery on predictions and hidden states together.
         token_replacement_rate: Of the texts in that phase, see [`CostEffTrainingArguments`].
-        soft_label_exit: Which exit of the assistant teaches each exit in that phase, see [`CostEffTrainingArguments`].
+        soft_label_exit: Which exit of the assistant teaches each exit in that phase, see [`CostEffTrainingArguments`];
+            `"auto"` is `"last"` if its exits are weak on held-out rows.
         exit_pooling: What the exits look at, see [`CostEffConfig`].
         batch_size: Rows per optimizer step.
     """
@@ -78,8 +83,8 @@ class Recipe:
 def fast_recipe(rows: int, num_attention_heads: int, num_labels: int = 2) -> Recipe:
     """Minutes on a CPU: few events, and higher learning rates, which a narrow model takes well. Unlike the paper.
 
-    At last all exits learn from the assistant's last exit, and not each from the one at its depth, whose answers on
-    pairs of sentences are hardly better than chance in the first layers.
+    At last all exits learn from the assistant's last exit, and not each from the one at its depth, if the assistant's
+    exits are weak (`WEAK_EXITS`): those of its first layers hardly know more than chance where two texts are compared.
 
     Args:
         rows: Training rows; does not matter here.
@@ -100,7 +105,7 @@ def fast_recipe(rows: int, num_attention_heads: int, num_labels: int = 2) -> Rec
         representation=Phase(1, 3e-4, min_steps=300, max_steps=2000),
         prediction=Phase(3, 3e-4, min_steps=max(1500, for_classes), max_steps=10_000),
         token_replacement_rate=0.15,
-        soft_label_exit="last",
+        soft_label_exit=AUTO,
         exit_pooling="mean",
     )
 
