@@ -41,8 +41,8 @@ def main() -> None:
     PAGE.write_text(text)
 
 
-SAME = "-same-"
-"""In the name of a run whose exits learn from the assistant's exits at their depths, as in the paper."""
+OTHERS = re.compile("-(same|last)-")
+"""In the name of a run whose exits have another teacher than the recipe would choose, as a comparison."""
 
 
 def all_runs() -> dict[str, dict]:
@@ -51,27 +51,29 @@ def all_runs() -> dict[str, dict]:
 
 
 def runs() -> list[tuple[str, dict]]:
-    """Every run of the recipe as it is; the paper's soft labels where there is no other."""
+    """Every run of the recipe as it is; of what was not run since, the other."""
     found = all_runs()
-    return [(name, run) for name, run in found.items() if SAME not in name or name.replace(SAME, "-") not in found]
+    as_it_is = {name: OTHERS.sub("-", name) for name in found}
+    return [(name, run) for name, run in found.items() if as_it_is[name] == name or as_it_is[name] not in found]
 
 
 def soft_labels_table() -> str:
-    """What is kept of the teacher with soft labels from the same exit and from the last, all else alike."""
-    found, rows = all_runs(), []
-    for name, last in found.items():
-        same = found.get("-".join([*name.split("-")[:-1], "same", name.split("-")[-1]]))
-        if SAME not in name and same is not None:
-            kept = []
-            for run in (same, last):
-                teacher, metric = run["rows"][0]["metrics"][run["metric"]], run["metric"]
-                kept.append(
-                    [run["rows"][2]["metrics"][metric] / teacher, run["at_paper_flops"]["early_exit"] / teacher]
-                )
-                kept[-1].append(run["at_paper_flops"]["on_validation_texts"]["early_exit"] / teacher)
+    """What is kept of the teacher with soft labels from the exit at its depth and from the last, all else alike."""
+    taught: dict[str, dict[str, dict]] = {}
+    for name, run in all_runs().items():
+        taught.setdefault(OTHERS.sub("-", name), {})[run["stages"]["prediction"]["soft_label_exit"]] = run
+    rows = []
+    for name, pair in taught.items():
+        if len(pair) == 2:
+            kept, metric = [], pair["same"]["metric"]
+            for run in (pair["same"], pair["last"]):
+                full, paper = run["rows"][2]["metrics"][metric], run["at_paper_flops"]
+                reached = (full, paper["early_exit"], paper["on_validation_texts"]["early_exit"])
+                kept.append([value / run["rows"][0]["metrics"][metric] for value in reached])
             cells = [f"{before:.1%} / {after:.1%}" for before, after in zip(*kept, strict=True)]
-            rows.append([name, last["metric"], *cells])
-    header = ["run", "metric", "full depth, same / last", "chosen for 1/19, same / last"]
+            auto = next((exit_ for exit_, run in pair.items() if run["settings"]["soft_label_exit"] is None), "")
+            rows.append([name, metric, auto, *cells])
+    header = ["run", "metric", "auto takes", "full depth, same / last", "chosen for 1/19, same / last"]
     return markdown_table([*header, "1/19 on these texts, same / last"], rows)
 
 
