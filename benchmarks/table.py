@@ -30,14 +30,19 @@ def main() -> None:
         "peers": peers_table(),
         "promises": promises_table(),
         "curves": curves_table(),
-        "difficulty": difficulty_table(),
-        "cascades": cascades_table(),
-        "cascade-clock": cascade_clock_table(),
     }
+    if cascade_runs():
+        tables |= {
+            "difficulty": difficulty_table(),
+            "cascades": cascades_table(),
+            "cascade-clock": cascade_clock_table(),
+        }
     text = PAGE.read_text()
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        text, places = pattern.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        if not places:
+            raise ValueError(f"{PAGE} has no markers for the table {name!r}. Write <!-- {name}:begin --> and :end.")
     PAGE.write_text(text)
 
 
@@ -60,8 +65,12 @@ def runs() -> list[tuple[str, dict]]:
 def soft_labels_table() -> str:
     """What is kept of the teacher with soft labels from the exit at its depth and from the last, all else alike."""
     taught: dict[str, dict[str, dict]] = {}
+    by_itself: dict[str, str] = {}
     for name, run in all_runs().items():
-        taught.setdefault(OTHERS.sub("-", name), {})[run["stages"]["prediction"]["soft_label_exit"]] = run
+        teacher = run["stages"]["prediction"]["soft_label_exit"]
+        taught.setdefault(OTHERS.sub("-", name), {})[teacher] = run
+        if not OTHERS.search(name):
+            by_itself[name] = teacher
     rows = []
     for name, pair in taught.items():
         if len(pair) == 2:
@@ -71,8 +80,7 @@ def soft_labels_table() -> str:
                 reached = (full, paper["early_exit"], paper["on_validation_texts"]["early_exit"])
                 kept.append([value / run["rows"][0]["metrics"][metric] for value in reached])
             cells = [f"{before:.1%} / {after:.1%}" for before, after in zip(*kept, strict=True)]
-            auto = next((exit_ for exit_, run in pair.items() if run["settings"]["soft_label_exit"] is None), "")
-            rows.append([name, metric, auto, *cells])
+            rows.append([name, metric, by_itself.get(name, ""), *cells])
     header = ["run", "metric", "auto takes", "full depth, same / last", "chosen for 1/19, same / last"]
     return markdown_table([*header, "1/19 on these texts, same / last"], rows)
 

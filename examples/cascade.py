@@ -64,7 +64,8 @@ def main() -> None:
     result = train_cascade(arguments, data, corpus)
     for exit in result.exits:
         print(f"member {exit.member}: {result.metric} {exit.metric:.4f}, DIS {exit.discrimination}")
-    print(f"hard for the smallest: {result.hard_share:.1%} of the training rows")
+    if result.hard_share is not None:
+        print(f"hard for the smallest: {result.hard_share:.1%} of the training rows")
     cascade, tokenizer = load_cascade(result.path)
     if corpus is None:
         print("Choose thresholds on rows kept apart: hf-costeff cascade calibrate")

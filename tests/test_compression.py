@@ -260,7 +260,13 @@ def test_every_stage_trains_on_its_own_losses_and_layers_are_compared_without_eq
 
 @pytest.mark.parametrize(
     ("asked", "mean", "chosen"),
-    [("auto", 0.73, "last"), ("auto", 0.74, "same"), ("same", 0.1, "same"), ("last", 0.8, "last")],
+    [
+        ("auto", 0.73, "last"),
+        ("auto", 0.74, "same"),
+        ("auto", 0.8, "same"),
+        ("same", 0.1, "same"),
+        ("last", 0.8, "last"),
+    ],
 )
 def test_weak_exits_of_the_assistant_teach_nobody(asked, mean, chosen, teacher, tmp_path, monkeypatch):
     """Weak: less than 92% of the last exit's 0.8, which is 0.736."""

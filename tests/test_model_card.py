@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from helpers import random_batch, tiny_config, tiny_model
 from hf_costeff import ExitConfig
 from hf_costeff.guarantees import describe_promise
-from hf_costeff.model_card import CompressionCard, SkippingCard, TrainingCard, how_to_use, write_model_card
+from hf_costeff.model_card import CHARTS, CompressionCard, SkippingCard, TrainingCard, how_to_use, write_model_card
 
 GOLDEN = Path(__file__).parent / "golden_model_card.md"
 CALIBRATION = {
@@ -76,7 +76,7 @@ def card_of(report: dict, exit_config: dict | None = SETTINGS, **options) -> str
 
 
 def test_the_whole_card_reads_as_it_was_written_down():
-    assert card_of(make_report(), chart=True).strip() == GOLDEN.read_text().strip()
+    assert card_of(make_report(), charts=["pareto.png"]).strip() == GOLDEN.read_text().strip()
 
 
 @pytest.mark.parametrize("settings", [{}, {"teacher": None, "dataset": None}, {"teacher": "./bert"}])
@@ -272,13 +272,13 @@ def skipping_report(gated: bool = True, **changes) -> dict:
         "paths": {"1 4": 0.75, "4": 0.25},
     }
     del report["settings"]["teacher"], report["settings"]["recipe"], report["settings"]["compression"]
-    return {**report, "skipping": shares if gated else None, **changes}
+    return {**report, "skipping": shares if gated else None, "exits_trained": True, **changes}
 
 
 @pytest.mark.parametrize("exit_config", [SETTINGS, None, {**SETTINGS, "calibration": None}])
 def test_a_model_that_skips_layers_has_a_card_of_its_own(exit_config):
     config = tiny_config(exit_config=exit_config, skip_gates="attention")
-    card = str(SkippingCard("org/gated", skipping_report(), config, True).render())
+    card = str(SkippingCard("org/gated", skipping_report(), config, CHARTS).render())
     assert "a gate before each decides, text by text, whether to skip it; easy texts leave early" in card
     assert "75% take the commonest, layers 1 4" in card and "![Share of texts that skip each layer]" in card
     assert "base_model: org/bert" in card and "2303.09266" in card and "layers to run 3.0" in card
@@ -293,6 +293,19 @@ def test_a_model_that_skips_layers_has_a_card_of_its_own(exit_config):
 def test_a_card_of_exits_alone_says_nothing_of_gates():
     card = str(SkippingCard("org/exits", skipping_report(gated=False), tiny_config(exit_config=SETTINGS)).render())
     assert "gate before" not in card and "## Skipping" not in card and "easy texts leave early" in card
+
+
+def test_exits_that_were_never_trained_are_not_offered():
+    report = skipping_report(exits_trained=False, exit_config=None)
+    card = str(SkippingCard("org/gated", report, tiny_config(skip_gates="linear")).render())
+    assert "leave early" not in card and "early_exit=False" in card and "## Exits" not in card
+    assert "## Skipping" in card and "skipping.png" not in card  # no chart lies beside
+
+
+def test_what_a_stage_chose_by_itself_is_told():
+    report = make_report(soft_label_exit=None)
+    report["stages"]["prediction"]["soft_label_exit"] = "last"
+    assert "teacher of the exits, same depth or last: last" in card_of(report)
 
 
 def test_without_a_record_of_a_run_the_card_claims_nothing(tmp_path):

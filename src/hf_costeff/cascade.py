@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .cascade_costs import classifier_flops
@@ -95,7 +95,7 @@ def load_cascade(name: str | Path) -> tuple[CostEffCascade, Tokenizers]:
     folders = model.config.member_tokenizers
     if folders is None:
         return model, load_tokenizer(str(name))
-    return model, [AutoTokenizer.from_pretrained(name, subfolder=folder) for folder in folders]
+    return model, [load_tokenizer(str(name), folder) for folder in folders]
 
 
 def _load(member: str | Path | PreTrainedModel) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+FEWEST_PIECES = 3  # that a tokenizer has beside special tokens; without files upstream makes up to two
 SHOWN = 3
 
 
@@ -80,16 +81,16 @@ def load_unfinished_classifier(name: str, **options: Any) -> tuple[PreTrainedMod
     return model, sorted(report["missing_keys"])
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint.
+def load_tokenizer(name: str, subfolder: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint, or in a folder of it.
 
     Raises:
         ValueError: If there is none, or it cannot be read.
     """
     remedy = f"Save the one the model was trained with beside it: tokenizer.save_pretrained({name!r})."
     with _clear_errors(name, "tokenizer of", remedy):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # upstream found no files
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder)
+        if len(tokenizer) < len(set(tokenizer.all_special_ids)) + FEWEST_PIECES:  # upstream found no files
             raise ValueError(f"there is none, and one of {len(tokenizer)} special tokens knows no word")
         return tokenizer
 

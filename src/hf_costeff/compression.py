@@ -216,6 +216,7 @@ class Compression(StagedRun):
             **arguments,
             **dataclasses.asdict(self.data_arguments),
             **sources,
+            "soft_label_exit": self._chosen("soft_label_exit"),
             "teacher": _resolved(arguments["teacher"]),
             "pretrained": _resolved(arguments["pretrained"]),
             "teacher_fingerprint": self.teacher_fingerprint,
@@ -373,17 +374,20 @@ class Compression(StagedRun):
         return model, {**weights, **record}
 
     def _recover_predictions(self, before: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-        changes = {
-            name: getattr(self.recipe if getattr(self.arguments, name) is None else self.arguments, name)
-            for name in ("token_replacement_rate", "soft_label_exit")
-        }
+        changes = {name: self._chosen(name) for name in ("token_replacement_rate", "soft_label_exit")}
         if changes["soft_label_exit"] == AUTO:
             seen = self.store.record("assistant")["calibration_metrics"]
-            weak = seen[f"eval_mean_exit_{self.metric}"] < WEAK_EXITS * seen[f"eval_{self.metric}"]
+            mean, last = seen[f"eval_mean_exit_{self.metric}"], seen[f"eval_{self.metric}"]
+            weak = mean < last - (1 - WEAK_EXITS) * abs(last)
             changes["soft_label_exit"] = "last" if weak else "same"
         return self._recover("prediction", before, self.recipe.prediction, **changes)
 
     # What stages share
+
+    def _chosen(self, name: str) -> Any:
+        """A setting, or the recipe's where it is left out."""
+        asked = getattr(self.arguments, name)
+        return getattr(self.recipe, name) if asked is None else asked
 
     def _fresh_assistant(self, teacher: PreTrainedModel) -> PreTrainedModel:
         model = convert_from_stock(
@@ -505,7 +509,7 @@ class Compression(StagedRun):
             "hardware": describe_hardware(self.device),
         }
         write_report(result, exit_curve(records["slim model"], slim.config, self.metric), facts)
-        write_model_card(result.model_path, self.arguments.push_to_hub or result.model_path.name)
+        write_model_card(result.model_path, self.arguments.push_to_hub or result.model_path.resolve().name)
         if self.arguments.push_to_hub is not None:
             push_folder(result.model_path, self.arguments.push_to_hub)
         return result

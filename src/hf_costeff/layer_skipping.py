@@ -373,6 +373,7 @@ class LayerSkipping(StagedRun):
             "curve": [dataclasses.asdict(point) for point in curve],
             "skipping": None if skipping is None else dataclasses.asdict(skipping),
             "target_layers": result.target_layers,
+            "exits_trained": self.trains_exits or isinstance(self.given, CostEffForSequenceClassification),
             "exit_config": None if settings is None else settings.to_dict(),
             "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
             "data": self.data.summary(),
@@ -385,5 +386,5 @@ class LayerSkipping(StagedRun):
         draw_pareto_chart(folder / "pareto.png", rows, curve, self.metric)
         if skipping is not None:
             draw_skip_chart(folder / "skipping.png", skipping)
-        write_model_card(folder, folder.name)
+        write_model_card(folder, folder.resolve().name)
         return result

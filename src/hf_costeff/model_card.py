@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +24,9 @@ from .skip_diagnostics import SkipDiagnostics
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_CLASSES = 10
+CHARTS = ("pareto.png", "skipping.png")
+CHOSEN = {"token_replacement_rate", "soft_label_exit"}
+"""Settings that a stage may have chosen by itself, and written down."""
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 SETTINGS = {
     "recipe": "recipe",
@@ -33,7 +36,7 @@ SETTINGS = {
     "intermediate_size": "neurons per layer",
     "embedding_rank": "embedding rank",
     "token_replacement_rate": "tokens replaced",
-    "soft_label_exit": "soft labels from the exit of depth",
+    "soft_label_exit": "teacher of the exits, same depth or last:",
     "allocation": "allocation",
     "gates": "gates",
     "target_layers": "layers to run",
@@ -56,13 +59,13 @@ class ReportCard:
         name: How the model is called where the card will be read: `org/name`, or a folder's name.
         report: What `FILE` holds.
         config: The model's.
-        chart: Whether `pareto.png` lies beside.
+        charts: Which of `CHARTS` lie beside.
     """
 
     name: str
     report: dict[str, Any]
     config: CostEffConfig
-    chart: bool = False
+    charts: Sequence[str] = ()
 
     FILE: ClassVar[str]
     SOURCE: ClassVar[str]
@@ -77,36 +80,41 @@ class ReportCard:
         report, settings, hardware = self.report, self.report["settings"], self.report["hardware"]
         calibrated = (self.config.exit_config or {}).get("calibration")
         source = public_name(settings.get(self.SOURCE))
+        chosen = {key: record[key] for record in report["stages"].values() for key in CHOSEN & set(record)}
+        known = {**settings, **chosen}
         return ModelCard.from_template(
             self.metadata(),
             template_path=str(TEMPLATES / "model_card.md"),
             marker=MARKER,
             name=self.name,
             what=self.what(f"[{source}](https://huggingface.co/{source})" if source else None),
-            use=how_to_use(self.name, self.config, pair=len(report["data"]["text_columns"]) == 2),
+            use=how_to_use(self.name, self.config, pair=len(report["data"]["text_columns"]) == 2, exits=self.has_exits),
             validation_rows=f"{report['data']['rows']['validation']:,}",
             dataset_phrase=self.dataset_phrase(),
             table=format_table(self.rows, report["metric"]),
             paper_length=PAPER_SEQ_LENGTH,
             hardware=f"{hardware['accelerator'] or hardware['cpu']} (threads: {hardware['threads']})",
             timed=f"batches of {' and '.join(map(str, TIMED_BATCHES))} texts",
-            chart=self.chart,
+            charts=self.charts,
             skipping=self.skipping(),
-            exit_table=self.exit_table(),
+            exit_table=self.exit_table() if self.has_exits else "",
             exit_note=self.exit_note(),
             calibration=None if calibrated is None else describe_calibration(calibrated),
             class_table=self.class_table(),
             class_note=self.class_note(),
             who_pays=self.who_pays(),
-            recipe="; ".join(
-                f"{said} {settings[key]}" for key, said in SETTINGS.items() if settings.get(key) is not None
-            )
+            recipe="; ".join(f"{said} {known[key]}" for key, said in SETTINGS.items() if known.get(key) is not None)
             + ".",
             stage_table=self.stage_table(),
             train_rows=f"{report['data']['rows']['train']:,}",
             record=self.FILE,
             citation=citation(*self.PAPERS),
         )
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether exits before the last were trained."""
+        return len(self.config.exit_layers) > 1
 
     def what(self, source: str | None) -> str:
         """What the model is and what it was made from.
@@ -229,7 +237,7 @@ class ReportCard:
 
     def exit_note(self) -> str:
         """Which rows the columns of the exit table speak of."""
-        notes = ["FLOPs are those of a text that leaves there, exits on the way included."]
+        notes = ["FLOPs are those of a text that leaves there and skips no layer, exits on the way included."]
         if None not in self.exit_metrics():
             notes.append(f"The {self.report['metric']} is on the rows held out for choosing settings.")
         if self.early_exit_holds:
@@ -291,13 +299,18 @@ class SkippingCard(ReportCard):
         config, ways = self.config, []
         if config.skip_gates is not None:
             ways.append("a gate before each decides, text by text, whether to skip it")
-        if len(config.exit_layers) > 1:
+        if self.has_exits:
             ways.append(f"easy texts leave early, after one of layers {', '.join(map(str, config.exit_layers))}")
         return (
             f"An encoder classifier of {config.num_hidden_layers} layers: {'; '.join(ways)}.\nIt was made from "
             f"{source or 'a local checkpoint'} by [SmartBERT](https://arxiv.org/abs/2303.09266) with\n"
             "`hf_costeff`."
         )
+
+    @property
+    def has_exits(self) -> bool:
+        """As the report says: exits that were left out of training are in the model, with random weights."""
+        return super().has_exits and self.report["exits_trained"]
 
     def skipping(self) -> str:
         """How many layers a text runs, and whether that depends on the text."""
@@ -401,9 +414,9 @@ def citation(*papers: str) -> str:
     return f"```bibtex\n{''.join(entries)}```"
 
 
-def how_to_use(name: str, config: CostEffConfig, pair: bool = False) -> str:
+def how_to_use(name: str, config: CostEffConfig, pair: bool = False, exits: bool = True) -> str:
     """The three ways to load and ask the model."""
-    uncalibrated = "False" if config.resolved_problem_type == REGRESSION else "0.5"
+    uncalibrated = "False" if config.resolved_problem_type == REGRESSION or not exits else "0.5"
     early_exit = uncalibrated if config.exit_config is None else "True"
     return (
         (TEMPLATES / "use.md")
@@ -456,7 +469,7 @@ def write_model_card(folder: str | Path, name: str, license: str | None = None) 
     if kind is None:
         written = plain_card(name, folder)
     else:
-        chart = (folder / "pareto.png").exists()
-        written = kind(name, read_json(folder / kind.FILE), CostEffConfig.from_pretrained(folder), chart).render()
+        charts = [chart for chart in CHARTS if (folder / chart).exists()]
+        written = kind(name, read_json(folder / kind.FILE), CostEffConfig.from_pretrained(folder), charts).render()
     written.data.license = license
     card.write_text(f"{str(written).rstrip()}\n", encoding="utf-8")

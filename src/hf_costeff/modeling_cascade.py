@@ -292,10 +292,13 @@ def _telling_of_rows(number: int, member: PreTrainedModel, input_ids: Tensor | N
     """A clear error where a member fails on rows that are too long for it, or not of its vocabulary."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, IndexError) as error:
         if input_ids is None or not input_ids.numel():
             raise
-        length, highest, vocabulary = input_ids.shape[1], int(input_ids.max()), member.config.vocab_size
+        length, highest = input_ids.shape[1], int(input_ids.max())
+        vocabulary = getattr(member.config, "vocab_size", None) or math.inf
         positions = getattr(member.config, "max_position_embeddings", None) or math.inf
         if highest < vocabulary and length + 2 <= positions:  # RoBERTa counts positions from 2
             raise
