@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
-from hf_costeff import block_compression, cli
+from hf_costeff import CostEffTrainer, block_compression, cli
 from hf_costeff.block_compression import BlockPruningArguments, block_prune
 from hf_costeff.mask_files import load_masks
 from hf_costeff.packed_linear import PackedLinear
@@ -112,7 +112,7 @@ def test_a_run_killed_between_the_phases_goes_on(folder, monkeypatch):
     ],
 )
 def test_what_cannot_work_is_refused_before_training(folder, settings, error, monkeypatch):
-    monkeypatch.setattr(block_compression.CostEffTrainer, "train", None)
+    monkeypatch.setattr(CostEffTrainer, "train", None)
     with pytest.raises(ValueError, match=error):
         prune(folder, **settings)
 

@@ -710,6 +710,7 @@ def test_without_a_target_an_eighth_is_the_target_and_widths_alone_are_a_target(
         ({"allocation": "odd"}, r"`allocation` is 'odd'\. It must be one of uniform, uneven"),
         ({"precision": "fp8"}, r"`precision` is 'fp8'\. It must be one of auto, fp32, bf16"),
         ({"exit_pooling": "max"}, r"`exit_pooling` is 'max'\. It must be one of cls, mean"),
+        ({"soft_label_exit": "first"}, r"`soft_label_exit` is 'first'\. It must be one of auto, same, last"),
         ({"max_metric_drop": 1.0, "target_speedup": 2.0}, "Choose the threshold by one of them"),
         ({"max_metric_drop": -1.0}, "`max_metric_drop` is -1"),
         ({"target_speedup": 0.0}, "`target_speedup` is 0"),

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
-from hf_costeff import cli, layer_skipping
+from hf_costeff import cli, layer_skipping, staged_run
 from hf_costeff.layer_skipping import LayerSkippingArguments, train_layer_skipping
 from hf_costeff.report import drop_exit_figures
 
@@ -96,12 +96,12 @@ def test_exits_alone_and_skipping_alone_are_settings(models, tmp_path):
 def test_the_settings_of_training_reach_it(models, tmp_path, monkeypatch):
     seen = []
 
-    class Noting(layer_skipping.CostEffTrainer):
+    class Noting(staged_run.CostEffTrainer):
         def __init__(self, model, args, **kwargs):
             seen.append(args)
             super().__init__(model, args, **kwargs)
 
-    monkeypatch.setattr(layer_skipping, "CostEffTrainer", Noting)
+    monkeypatch.setattr(staged_run, "CostEffTrainer", Noting)
     off = {"skip_weight": 0.0, "contrastive_weight": 0.0, "exit_contrastive_weight": 0.0, "hard_gate_ratio": 1.0}
     skip(models, tmp_path / "off", **off)
     skip(models, tmp_path / "on", target_layers=2.0)
@@ -173,7 +173,7 @@ def test_a_run_killed_between_the_phases_goes_on(models, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_work_is_refused_before_training(settings, error, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(layer_skipping.CostEffTrainer, "train", None)
+    monkeypatch.setattr(staged_run.CostEffTrainer, "train", None)
     with pytest.raises(ValueError, match=error):
         skip(models, tmp_path / "out", **settings)
 

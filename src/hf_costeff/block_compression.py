@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .block_pruning import EMBEDDINGS, BlockMasks, BlockShape, prune_blocks, zero_blocks
 from .block_training import BlockPenalty, MaskedTraining, Regularizer
 from .checkpoints import load_classifier, load_tokenizer
-from .checksums import fingerprint, fingerprint_of
+from .checksums import fingerprint_of
 from .conversion import convert_from_stock
 from .data import DataArguments, prepare_data
 from .efficiency import count_parameters, measure_alternating
@@ -34,8 +34,7 @@ from .packed_linear import DENSE
 from .packing import choose_layouts, pack, packed_linears
 from .recipes import Phase
 from .report import describe_hardware
-from .staged_run import Stage, StagedRun
-from .trainer import CostEffTrainer
+from .staged_run import Stage, StagedRun, settings_key
 from .training_args import CostEffTrainingArguments
 
 MASKS = "masks.safetensors"
@@ -181,7 +180,7 @@ class BlockPruning(StagedRun):
 
     def run(self) -> BlockPruningResult:
         """Go through the stages that are not done yet, then pack and report."""
-        key = fingerprint(repr(getattr(self.arguments, name)) for name in PRUNING)[:8]
+        key = settings_key(self.arguments, PRUNING)
         prune, retrain = f"prune-{key}", f"retrain-{key}"
         stages = [
             Stage.of_model("penalty", self._penalise),
@@ -255,18 +254,7 @@ class BlockPruning(StagedRun):
             best_by=f"mean_exit_{self.metric}" if best else None,
             representation_weight=float(same_width),
         )
-        trainer = CostEffTrainer(
-            model,
-            arguments,
-            teacher=self.teacher,
-            regularizer=regularizer,
-            train_dataset=self.data.train,
-            eval_dataset=self.data.calibration,
-            data_collator=self.collator,
-            processing_class=self.tokenizer,
-        )
-        trained, record = self._run_trainer(trainer)
-        return trained, {**record, "loss_weights": trainer.loss_weights}
+        return self._train_multi_exit(model, arguments, self.teacher, regularizer)
 
     def _metrics(self, model: PreTrainedModel, name: str) -> dict[str, float]:
         logits = collect_exit_logits(model, self.data.validation, self.collator, description=f"Validating the {name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,13 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from .cascade import make_cascade, save_cascade
 from .cascade_costs import classifier_flops
 from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
-from .checksums import fingerprint, fingerprint_of
+from .checksums import fingerprint_of
 from .configuration_cascade import FEWEST_MEMBERS, match_labels, naming_member
 from .conversion import longest_text
 from .data import DataArguments, PreparedData, make_collator, prepare_data
@@ -41,7 +38,7 @@ from .efficiency import PAPER_SEQ_LENGTH
 from .evaluation import ExitReliability, exit_reliability
 from .exit_criteria import REGRESSION
 from .recipes import Phase
-from .staged_run import Stage, StagedRun
+from .staged_run import Stage, StagedRun, settings_key
 from .trainer import TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
@@ -212,8 +209,8 @@ class CascadeTraining(StagedRun):
             raise ValueError("The labels are numbers, which are neither easy nor hard. Give --difficulty_weight 0.")
         unfinished = {number: f"member-{number}" for number, (_, missing) in enumerate(loaded, start=1) if missing}
         if self.with_difficulty:
-            self.difficulty_stage = f"difficulty-{self._key(TELLS)}"
-            unfinished[1] += f"-{self._key(OF_DIFFICULTY)}"
+            self.difficulty_stage = f"difficulty-{settings_key(self.arguments, TELLS)}"
+            unfinished[1] += f"-{settings_key(self.arguments, OF_DIFFICULTY)}"
         stages = [Stage.of_model(name, partial(self._fine_tune, number, name)) for number, name in unfinished.items()]
         if self.with_difficulty:
             stages.insert(0, Stage(self.difficulty_stage, self._tell_difficulty))
@@ -250,9 +247,6 @@ class CascadeTraining(StagedRun):
             "data_fingerprint": self.data.fingerprint(),
             "max_length": [rows.max_length for rows in self.rows],
         }
-
-    def _key(self, names: Sequence[str]) -> str:
-        return fingerprint(repr(getattr(self.arguments, name)) for name in names)[:8]
 
     def _fresh(self, number: int) -> PreTrainedModel:
         """The checkpoint with a new head, in the state that the seed gives it."""

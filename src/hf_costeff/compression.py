@@ -61,7 +61,7 @@ from .slenderization import (
     solve_widths,
 )
 from .staged_run import Stage, StagedRun
-from .trainer import CostEffTrainer, Teacher, TeacherTrainer
+from .trainer import Teacher, TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -433,17 +433,7 @@ class Compression(StagedRun):
             representation_only_ratio=phase.representation_only_ratio,
             **weights,
         )
-        trainer = CostEffTrainer(
-            model,
-            arguments,
-            teacher=teacher,
-            train_dataset=self.data.train,
-            eval_dataset=self.calibration,
-            data_collator=self.collator,
-            processing_class=self.tokenizer,
-        )
-        trained, record = self._run_trainer(trainer, evaluate)
-        return trained, {**record, "loss_weights": trainer.loss_weights}
+        return self._train_multi_exit(model, arguments, teacher, evaluate=evaluate)
 
     def _label_calibration(self, teacher: PreTrainedModel | None) -> datasets.Dataset:
         """Calibration rows; where they came without labels, the teacher's answers stand in."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .calibration import exit_curve
 from .charts import draw_pareto_chart, draw_skip_chart
 from .checkpoints import load_classifier, load_tokenizer, load_unfinished_classifier
-from .checksums import fingerprint, fingerprint_of
+from .checksums import fingerprint_of
 from .configuration_costeff import EXIT_HEADS, EXIT_POOLINGS, SKIP_GATES
 from .conversion import convert_from_stock, longest_text
 from .data import DataArguments, prepare_data
@@ -36,8 +36,7 @@ from .recipes import Phase
 from .report import SKIPPING, describe_hardware, without_folders
 from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
 from .skip_training import check_target_layers
-from .staged_run import Stage, StagedRun
-from .trainer import CostEffTrainer
+from .staged_run import Stage, StagedRun, settings_key
 from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
 
 NO_GATES = "none"
@@ -242,7 +241,7 @@ class LayerSkipping(StagedRun):
         """Go through the stages that are not done yet, then calibrate and report."""
         stages = [Stage.of_model("backbone", self._train_backbone)]
         if self.trains_exits:
-            name = f"exits-{fingerprint(repr(getattr(self.arguments, name)) for name in OF_EXITS)[:8]}"
+            name = f"exits-{settings_key(self.arguments, OF_EXITS)}"
             stages.append(Stage.of_model(name, partial(self._train_exits, name)))
         self._go_through(stages, self._settings())
         return self._report(stages)
@@ -308,17 +307,7 @@ class LayerSkipping(StagedRun):
             representation_weight=0.0,  # a layer that is skipped cannot be like the teacher's
             **settings,
         )
-        trainer = CostEffTrainer(
-            model,
-            arguments,
-            teacher=self.teacher,
-            train_dataset=self.data.train,
-            eval_dataset=self.data.calibration,
-            data_collator=self.collator,
-            processing_class=self.tokenizer,
-        )
-        trained, record = self._run_trainer(trainer)
-        return trained, {**record, "loss_weights": trainer.loss_weights}
+        return self._train_multi_exit(model, arguments, self.teacher)
 
     # The report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class ReportCard:
+class ReportCard(ABC):
     """A card from the report of a recipe. A sentence whose measurement is missing is left out.
 
     Args:
@@ -116,13 +117,13 @@ class ReportCard:
         """Whether exits before the last were trained."""
         return len(self.config.exit_layers) > 1
 
+    @abstractmethod
     def what(self, source: str | None) -> str:
         """What the model is and what it was made from.
 
         Args:
             source: A link to that; `None` if it has no public name.
         """
-        raise NotImplementedError
 
     def skipping(self) -> str:
         """What the gates do; empty without any."""

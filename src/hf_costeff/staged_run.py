@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .block_training import Regularizer
+from .checksums import fingerprint
 from .configuration_cascade import require_single_model
 from .data import PreparedData, make_collator
 from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
@@ -26,7 +28,8 @@ from .evaluation import row_keys
 from .metrics import check_metric, default_metric
 from .recipes import Phase
 from .stages import StageStore
-from .trainer import ResumableTrainer
+from .trainer import CostEffTrainer, ResumableTrainer
+from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -55,6 +58,11 @@ class Stage:
         return cls(name, run)
 
 
+def settings_key(arguments: object, names: Sequence[str]) -> str:
+    """Short name of these settings, for stages that others may stand beside."""
+    return fingerprint(repr(getattr(arguments, name)) for name in names)[:8]
+
+
 class StagedRun:
     """One run of a recipe. Recipes build on it: first the rows, then the stages, then what they report."""
 
@@ -78,6 +86,7 @@ class StagedRun:
             ValueError: If the metric is not one of the problem type, or falls as models improve.
         """
         self.data, self.tokenizer, self.collator = data, tokenizer, make_collator(tokenizer)
+        self.calibration = data.calibration
         self.metric = metric or default_metric(data.problem_type)
         check_metric(self.metric, data.problem_type)
         if self.metric == "mse":
@@ -98,8 +107,8 @@ class StagedRun:
             ValueError: If the folder holds another run or other files.
         """
         self.store = StageStore(self.output_dir, settings)
-        self.train_keys = row_keys(self.data.train, ["input_ids"])
         if stages:
+            self.train_keys = row_keys(self.data.train, ["input_ids"])
             self.store.keep_train_keys(self.train_keys)
         if finished := [stage.name for stage in stages if self.store.is_finished(stage.name)]:
             logger.warning(f"Going on in {self.output_dir}; done before: {', '.join(finished)}.")
@@ -132,6 +141,28 @@ class StagedRun:
             seed=self.seed,
             **extra,
         )
+
+    def _train_multi_exit(
+        self,
+        model: PreTrainedModel,
+        arguments: CostEffTrainingArguments,
+        teacher: PreTrainedModel | None,
+        regularizer: Regularizer | None = None,
+        evaluate: bool = True,
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Train a multi-exit model on the run's rows; the record has the weights of the losses too."""
+        trainer = CostEffTrainer(
+            model,
+            arguments,
+            teacher=teacher,
+            regularizer=regularizer,
+            train_dataset=self.data.train,
+            eval_dataset=self.calibration,
+            data_collator=self.collator,
+            processing_class=self.tokenizer,
+        )
+        trained, record = self._run_trainer(trainer, evaluate)
+        return trained, {**record, "loss_weights": trainer.loss_weights}
 
     def _run_trainer(self, trainer: ResumableTrainer, evaluate: bool = True) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Train, going on from the latest whole checkpoint, and write down how it went."""
