@@ -95,27 +95,6 @@ def quality(given: argparse.Namespace) -> None:
                 }
                 write(output, rows)
                 print(name, json.dumps(rows[name]), flush=True)
-    print(json.dumps(summary(rows), indent=1))
-
-
-def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and range of the metric per variant and ratio, and the largest compression within a point of dense."""
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    for name, row in rows.items():
-        grouped.setdefault(name.rpartition("-")[0], []).append(row)
-    values = {name: [100 * row["packed"] for row in group] for name, group in grouped.items()}
-    means: dict[str, Any] = {
-        name: {"mean": statistics.mean(found), "lowest": min(found), "highest": max(found), "seeds": len(found)}
-        for name, found in values.items()
-    }
-    if "dense" not in means:
-        return {"means": means}
-    within: dict[str, float] = {}
-    for name, group in grouped.items():
-        variant = name.rpartition("-")[0]
-        if variant and means[name]["mean"] >= means["dense"]["mean"] - 1:
-            within[variant] = max(within.get(variant, 1.0), statistics.mean(row["compression"] for row in group))
-    return {"means": means, "largest_compression_within_1_point_of_dense": within}
 
 
 def size(given: argparse.Namespace) -> None:

@@ -2,15 +2,14 @@
 
     python benchmarks/skip_gates.py train --task rte --data DIR --model DIR [--seeds 42 43 44] [--variants full exits]
     python benchmarks/skip_gates.py train --task rte --data DIR --model DIR --variants full skips --targets 2 3 4
-    python benchmarks/skip_gates.py table --task rte
     python benchmarks/skip_gates.py chart --tasks rte wnli
 
 `train` runs the recipe per seed, variant and target (`free` is without a target). `exits` has no gates: its full depth
 is the ungated model that everything is held against, so it goes first. Of each run a row is kept: metric, layers run
 and FLOPs on validation by skipping alone, by both, and with settings calibrated for 2 and 3 times fewer FLOPs than the
 ungated model, with paired bootstrap intervals; the metric with soft weights; how many paths rows take; milliseconds per
-text at batch 32. `table` prints means and ranges over seeds, `chart` draws exits alone, skipping alone and both. Rows
-go to benchmarks/results/skip-<task>.json one by one, so an interrupted run goes on.
+text at batch 32. `chart` draws exits alone, skipping alone and both. Rows go to benchmarks/results/skip-<task>.json one
+by one, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -53,10 +52,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 LINES = {UNGATED: "tab:blue", "full": "tab:red"}
 POINTS = {"full": "tab:green", "skips": "tab:green"}
 GOALS = (2.0, 3.0)
-COLUMNS = (
-    *("ungated_metric", "skips_metric", "soft_metric", "last_metric"),
-    *("layers_run", "paths", "clocked_over_counted"),
-)
 
 
 def train(given: argparse.Namespace) -> None:
@@ -181,26 +176,6 @@ def soft_metric(model: CostEffForSequenceClassification, job: LayerSkipping) -> 
     return METRICS[job.data.problem_type][job.metric](torch.cat(logits).numpy(), np.array(rows["labels"]))
 
 
-def table(given: argparse.Namespace) -> None:
-    """Means over seeds, with the range, of every variant and target."""
-    rows = read(RESULTS / f"skip-{given.task}{given.suffix}.json")
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    for name, row in rows.items():
-        grouped.setdefault(name.rpartition("/")[0], []).append(row)
-    print("| variant/target | seeds | " + " | ".join(COLUMNS) + " | at 2x | at 3x |")
-    print("|---" * (len(COLUMNS) + 4) + "|")
-    for name, group in grouped.items():
-        cells = [spread([row[key] for row in group if key in row]) for key in COLUMNS]
-        for goal in GOALS:
-            found = [row.get("at", {}).get(f"{goal:g}x") or {} for row in group]
-            cells.append(spread([each["metric"] for each in found if "metric" in each]))
-        print(f"| {name} | {len(group)} | " + " | ".join(cells) + " |")
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
-
-
 def chart(given: argparse.Namespace) -> None:
     """Metric against FLOPs, one picture per task: a line per run with exits, a point per run that skips alone."""
     figure = new_figure(4.5 * len(given.tasks), 4)
@@ -224,7 +199,7 @@ def chart(given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "table", "chart"))
+    parser.add_argument("what", choices=("train", "chart"))
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="Of the chart.")
     parser.add_argument("--data", help="A folder with the GLUE tasks as nyu-mll/glue has them.")
@@ -245,7 +220,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "train" and not (given.task and given.data and given.model):
         parser.error("train needs --task, --data and --model.")
-    {"train": train, "table": table, "chart": chart}[given.what](given)
+    {"train": train, "chart": chart}[given.what](given)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from hf_costeff.markdown import markdown_table
@@ -35,8 +36,17 @@ def main() -> None:
         tables |= {
             "difficulty": difficulty_table(),
             "cascades": cascades_table(),
+            "cascades-paper": paper_form_table(),
             "cascade-clock": cascade_clock_table(),
         }
+    if block_runs():
+        tables |= {
+            "block-quality": block_quality_table(),
+            "block-size": block_size_table(),
+            "block-speed": block_speed_table(),
+        }
+    if skipping_runs():
+        tables |= {"skipping": skipping_table()}
     text = PAGE.read_text()
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
@@ -264,6 +274,59 @@ def cascade_runs() -> list[tuple[str, dict]]:
     return found
 
 
+PAPER_TASKS = ("mrpc", "qnli", "sst2", "mnli")
+PAPER = {
+    ("2x", "fewer layers"): (-3.8, -4.3, -2.6, -4.7),
+    ("2x", "exits by entropy"): (-4.5, -4.9, -3.3, -10.2),
+    ("2x", "exits by patience"): (-4.5, -2.5, -4.2, -4.8),
+    ("2x", "cascade"): (-3.0, -1.1, -1.8, -1.6),
+    ("3x", "fewer layers"): (-6.2, -5.8, -6.0, -8.8),
+    ("3x", "exits by entropy"): (-5.4, -8.1, -4.7, -21.4),
+    ("3x", "exits by patience"): (-6.3, -7.9, -8.3, -8.7),
+    ("3x", "cascade"): (-4.9, -2.0, -2.6, -3.4),
+    ("4x", "fewer layers"): (-8.4, -7.4, -7.1, -9.8),
+    ("4x", "exits by entropy"): (-6.0, -14.6, -8.1, -28.8),
+    ("4x", "exits by patience"): (-9.0, None, None, -22.3),
+    ("4x", "cascade"): (-6.3, -4.0, -3.2, -5.3),
+}
+"""Points from BERT-base on GLUE's test sets, F1 on MRPC: Li et al. 2021, main table (BERT-kL, DeeBERT, PABEE,
+CascadeBERT; MNLI matched)."""
+OURS = {
+    "exits by entropy": "assistant-entropy",
+    "exits by patience": "assistant-patience",
+    "cascade": "first-difficulty",
+    "cascade, slim model first": "cascade-slim",
+    "exits of the slim model": "slim-entropy",
+}
+STUDENTS = {"2x": "student-3", "3x": "student-2"}
+
+
+def paper_form_table() -> str:
+    """Points from the large model at each speed-up: the paper's, and ours of the first seed."""
+    ours, rows = {name.partition("-")[0]: run for name, run in reversed(cascade_runs())}, []
+    for target in TARGETS[:3]:
+        for method in ("fewer layers", *OURS):
+            published = PAPER.get((target, method), (None,) * len(PAPER_TASKS))
+            cells = [
+                f"{'' if points is None else f'{points:+.1f}'} / {_ours(ours[task], target, method)}"
+                for task, points in zip(PAPER_TASKS, published, strict=True)
+                if task in ours
+            ]
+            rows.append([target, method, *cells])
+    return markdown_table(["at", "answered by", *(task for task in PAPER_TASKS if task in ours)], rows)
+
+
+def _ours(run: dict, target: str, method: str) -> str:
+    if method == "fewer layers":
+        found = run.get(STUDENTS.get(target, ""))
+    else:
+        way = run[OURS[method]]
+        found = way.get("cascade", way)[target]
+    if found is None or "unreachable" in found:
+        return ""
+    return f"{100 * (found['metric'] - run['teacher']['metric']):+.1f} ({found['speedup']:.1f}x)"
+
+
 def difficulty_table() -> str:
     """What difficulty-aware training does to the first member and its cascade, beside the control."""
     rows = []
@@ -313,6 +376,108 @@ def cascade_clock_table() -> str:
     return markdown_table(["run", "texts", "leaving", "formula", "counted", "measured", "measured / formula"], rows)
 
 
+VARIANTS_OF_BLOCKS = ("one-shot", "plain", "reweighted", "proximal")
+RATIOS = {"0.3": "1.43x", "0.5": "2x", "0.6": "2.5x", "0.8": "5x"}
+
+
+def block_runs() -> dict[str, dict[str, list[dict]]]:
+    """Task and model -> what was done to it, a row per seed, of benchmarks/block_pruning.py quality."""
+    found = {}
+    for file in sorted((HERE / "results").glob("block-quality-*.json")):
+        rows = by_seed(json.loads(file.read_text()), "-")
+        if "dense" in rows:
+            found[file.stem.removeprefix("block-quality-").replace("-", ", ", 1)] = rows
+    return found
+
+
+def block_quality_table() -> str:
+    """Metric at each compression of the encoder's matrices, and the largest one that costs at most a point."""
+    rows = []
+    for name, found in block_runs().items():
+        dense = found["dense"]
+        rows.append([name, "no blocks pruned", str(len(dense)), spread(dense, "packed"), *[""] * (len(RATIOS) + 1)])
+        for variant in VARIANTS_OF_BLOCKS:
+            pruned = {ratio: found.get(f"{variant}-{ratio}", []) for ratio in RATIOS}
+            if not any(pruned.values()):
+                continue
+            kept = [
+                said
+                for ratio, said in RATIOS.items()
+                if pruned[ratio] and mean(pruned[ratio], "packed") >= mean(dense, "packed") - 0.01
+            ]
+            cells = [spread(pruned[ratio], "packed") if pruned[ratio] else "" for ratio in RATIOS]
+            seeds = str(max(map(len, pruned.values())))
+            rows.append([name, variant, seeds, "", *cells, kept[-1] if kept else "none"])
+    return markdown_table(["run", "pruned", "seeds", "1x", *RATIOS.values(), "largest within 1 point"], rows)
+
+
+def block_size_table() -> str:
+    """Bytes saved on the pruned matrices, indices included, as a share of the nominal compression."""
+    found = json.loads((HERE / "results" / "block-size.json").read_text())
+    rows = []
+    for blocks in dict.fromkeys(name.rpartition(", ")[0] for name in found):
+        at = {ratio: found.get(f"{blocks}, {ratio}") for ratio in RATIOS}
+        rows.append([blocks, *(f"{row['share_of_nominal']:.2f}" if row else "" for row in at.values())])
+    return markdown_table(["blocks", *RATIOS.values()], rows)
+
+
+def block_speed_table() -> str:
+    """CPU time of the model with full matrices over packed ones in the chosen layouts, 64 tokens."""
+    rows = []
+    for name, found in json.loads((HERE / "results" / "block-speed.json").read_text()).items():
+        if name == "hardware":
+            continue
+        blocks, _, ratio = name.rpartition(", ")
+        cells = [blocks, RATIOS[ratio]]
+        for batch in ("batch 32", "batch 1"):
+            low, high = found[batch]["lowest_and_highest"]
+            cells.append(f"{found[batch]['times_as_fast']:.2f} ({low:.2f} to {high:.2f})")
+        chosen = found["batch 32"]["chosen"].items()
+        rows.append([*cells, ", ".join(f"{count} {layout}" for layout, count in chosen)])
+    header = ["blocks", "compression", "times as fast, batch 32", "batch 1", "layouts at batch 32"]
+    return markdown_table(header, rows)
+
+
+UNGATED = "exits/free"
+SKIPPING_GOALS = ("2x", "3x")
+
+
+def skipping_runs() -> dict[str, dict[str, list[dict]]]:
+    """Task -> variant and target -> a row per seed, of benchmarks/skip_gates.py."""
+    files = sorted((HERE / "results").glob("skip-*.json"))
+    return {file.stem.removeprefix("skip-"): by_seed(json.loads(file.read_text()), "/") for file in files}
+
+
+def skipping_table() -> str:
+    """Skipping alone, and skipping with exits at fewer FLOPs than the ungated model."""
+    rows = []
+    for task, found in skipping_runs().items():
+        whole = found[UNGATED]
+        for name, group in found.items():
+            variant, _, target = name.partition("/")
+            cells = [task, variant if target == "free" else f"{variant}, {target} layers", str(len(group))]
+            if name == UNGATED:
+                cells += [f"none: {spread(whole, 'ungated_metric')}", *[""] * 4]
+            else:
+                cells += [spread(group, key) for key in ("skips_metric", "soft_metric")]
+                cells += [spread(group, key, 2) for key in ("layers_run", "counted_speedup", "clocked_over_counted")]
+            rows.append([*cells, *(_at_goal(group, whole, goal) for goal in SKIPPING_GOALS)])
+    header = ["task", "variant", "seeds", "skipping alone", "the same, soft weights", "layers run"]
+    header += ["fewer FLOPs", "measured / counted", *(f"with exits, {goal}" for goal in SKIPPING_GOALS)]
+    return markdown_table(header, rows)
+
+
+def _at_goal(group: list[dict], whole: list[dict], goal: str) -> str:
+    """Mean metric with calibrated settings, in points from the ungated model; or how many seeds do not get there."""
+    at = [row["at"][goal] for row in group if "at" in row]
+    if not at:
+        return ""
+    reached = [row for row in at if "metric" in row]
+    if len(reached) < len(at):
+        return f"out of reach in {len(at) - len(reached)} of {len(at)}"
+    return f"{spread(at, 'metric')}, {100 * (mean(at, 'metric') - mean(whole, 'ungated_metric')):+.1f} points"
+
+
 def _at(found: dict) -> str:
     return "out of reach" if "unreachable" in found else f"{found['metric']:.4f} ({found['speedup']:.2f}x)"
 
@@ -325,11 +490,24 @@ def _task(file: Path) -> str:
     return file.stem.split("-")[1]
 
 
+def by_seed(rows: dict[str, dict], separator: str) -> dict[str, list[dict]]:
+    """Rows whose names differ only in the seed at the end, together."""
+    found: dict[str, list[dict]] = {}
+    for name, row in rows.items():
+        found.setdefault(name.rpartition(separator)[0], []).append(row)
+    return found
+
+
+def mean(rows: list[dict], key: str) -> float:
+    return statistics.mean(row[key] for row in rows)
+
+
 def spread(rows: list[dict], key: str, digits: int = 4) -> str:
     """Mean, and the range where there are several seeds."""
     values = [row[key] for row in rows]
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(rows, key):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":
