@@ -31,9 +31,11 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 from hf_costeff import BlockShape, CostEffForSequenceClassification, convert_from_stock, pack, prune_blocks
-from hf_costeff.block_compression import BlockPruningArguments, block_prune
+from hf_costeff.block_compression import BlockPruning, BlockPruningArguments
 from hf_costeff.block_pruning import zero_blocks
 from hf_costeff.data import DataArguments
+from hf_costeff.evaluation import collect_exit_logits
+from hf_costeff.metrics import METRICS
 from hf_costeff.packed_linear import DENSE, PANELS
 from hf_costeff.packing import choose_layouts, packed_linears, set_layouts
 from hf_costeff.report import describe_hardware
@@ -64,37 +66,52 @@ def quality(given: argparse.Namespace) -> None:
     output = RESULTS / f"block-quality-{given.task}-{given.name}.json"
     rows = read(output)
     for seed in given.seeds:
-        for variant in given.variants:
-            for ratio in (0.0, *given.ratios) if variant == "one-shot" else given.ratios:
-                name = f"{variant}-{ratio:g}-{seed}" if ratio else f"dense-{seed}"
-                if name in rows:
-                    continue
-                arguments = BlockPruningArguments(
-                    model=given.model,
-                    teacher=given.teacher,
-                    output_dir=str(Path(given.runs) / f"block-{given.task}-{given.name}-{variant}-{seed}"),
-                    ratio=ratio,
-                    column_slabs=given.column_slabs,
-                    metric=metric,
-                    seed=seed,
-                    penalty_epochs=given.epochs,
-                    retrain_epochs=given.epochs,
-                    learning_rate=given.learning_rate,
-                    retrain_learning_rate=given.learning_rate,
-                    **{"strength": given.strength, **VARIANTS[variant]},
-                )
-                data = DataArguments(dataset=given.data, dataset_config=given.task, **SPLITS.get(given.task, {}))
-                result = block_prune(arguments, data)
-                rows[name] = {
-                    "metric": metric,
-                    "given": result.metrics["given"][metric],
-                    "packed": result.metrics["packed"][metric],
-                    "compression": result.compression,
-                    "matrix_bytes": result.matrix_bytes,
-                    "parameters": result.parameters,
-                }
-                write(output, rows)
-                print(name, json.dumps(rows[name]), flush=True)
+        pairs = [("one-shot", 0.0), *((variant, ratio) for variant in given.variants for ratio in given.ratios)]
+        for variant, ratio in pairs:
+            name = f"{variant}-{ratio:g}-{seed}" if ratio else f"dense-{seed}"
+            if name in rows:
+                continue
+            arguments = BlockPruningArguments(
+                model=given.model,
+                teacher=given.teacher,
+                output_dir=str(Path(given.runs) / f"block-{given.task}-{given.name}-{variant}-{seed}"),
+                ratio=ratio,
+                column_slabs=given.column_slabs,
+                metric=metric,
+                seed=seed,
+                penalty_epochs=given.epochs,
+                retrain_epochs=given.epochs,
+                learning_rate=given.learning_rate,
+                retrain_learning_rate=given.learning_rate,
+                **{"strength": given.strength, **VARIANTS[variant]},
+            )
+            data = DataArguments(dataset=given.data, dataset_config=given.task, **SPLITS.get(given.task, {}))
+            job = BlockPruning(arguments, data)
+            result = job.run()
+            rows[name] = {
+                "metric": metric,
+                "given": result.metrics["given"][metric],
+                "packed": result.metrics["packed"][metric],
+                **exit_metrics(job, metric),
+                "compression": result.compression,
+                "matrix_bytes": result.matrix_bytes,
+                "parameters": result.parameters,
+            }
+            write(output, rows)
+            print(name, json.dumps(rows[name]), flush=True)
+
+
+def exit_metrics(job: BlockPruning, metric: str) -> dict[str, list[float]]:
+    """Of a multi-exit model, the metric at every exit on validation, before and after."""
+    if not isinstance(job.given, CostEffForSequenceClassification):
+        return {}
+    packed = AutoModelForSequenceClassification.from_pretrained(job.output_dir)
+    function, found = METRICS[job.data.problem_type][metric], {}
+    for name, model in (("given", job.given), ("packed", packed.to(job.device))):
+        records = collect_exit_logits(model, job.data.validation, job.collator, show_progress=False)
+        labels = records.known_labels()
+        found[f"{name}_exits"] = [function(logits.numpy(), labels) for logits in records.logits.unbind(1)]
+    return found
 
 
 def size(given: argparse.Namespace) -> None:

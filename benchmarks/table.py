@@ -31,22 +31,19 @@ def main() -> None:
         "peers": peers_table(),
         "promises": promises_table(),
         "curves": curves_table(),
+        "difficulty": difficulty_table(),
+        "cascades": cascades_table(),
+        "cascades-paper": paper_form_table(),
+        "cascade-clock": cascade_clock_table(),
     }
-    if cascade_runs():
-        tables |= {
-            "difficulty": difficulty_table(),
-            "cascades": cascades_table(),
-            "cascades-paper": paper_form_table(),
-            "cascade-clock": cascade_clock_table(),
-        }
     if block_runs():
-        tables |= {
-            "block-quality": block_quality_table(),
-            "block-size": block_size_table(),
-            "block-speed": block_speed_table(),
-        }
+        tables["block-quality"] = block_quality_table()
+    if (HERE / "results" / "block-size.json").exists():
+        tables["block-size"] = block_size_table()
+    if (HERE / "results" / "block-speed.json").exists():
+        tables["block-speed"] = block_speed_table()
     if skipping_runs():
-        tables |= {"skipping": skipping_table()}
+        tables["skipping"] = skipping_table()
     text = PAGE.read_text()
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
@@ -377,16 +374,22 @@ def cascade_clock_table() -> str:
 
 
 VARIANTS_OF_BLOCKS = ("one-shot", "plain", "reweighted", "proximal")
-RATIOS = {"0.3": "1.43x", "0.5": "2x", "0.6": "2.5x", "0.8": "5x"}
+RATIOS = {"0.3": "1.43x", "0.44": "1.79x", "0.5": "2x", "0.6": "2.5x", "0.8": "5x"}
 
 
 def block_runs() -> dict[str, dict[str, list[dict]]]:
-    """Task and model -> what was done to it, a row per seed, of benchmarks/block_pruning.py quality."""
+    """Task and model -> what was done to it, a row per seed, of benchmarks/block_pruning.py quality.
+
+    A multi-exit model has two sets of rows: its last exit, and the mean over its exits.
+    """
     found = {}
     for file in sorted((HERE / "results").glob("block-quality-*.json")):
-        rows = by_seed(json.loads(file.read_text()), "-")
-        if "dense" in rows:
-            found[file.stem.removeprefix("block-quality-").replace("-", ", ", 1)] = rows
+        rows = json.loads(file.read_text())
+        name = file.stem.removeprefix("block-quality-").replace("-", ", ", 1)
+        found[name] = by_seed(rows, "-")
+        if "packed_exits" in next(iter(rows.values())):
+            means = {key: row | {"packed": statistics.mean(row["packed_exits"])} for key, row in rows.items()}
+            found[f"{name}, mean over exits"] = by_seed(means, "-")
     return found
 
 
@@ -397,15 +400,12 @@ def block_quality_table() -> str:
         dense = found["dense"]
         rows.append([name, "no blocks pruned", str(len(dense)), spread(dense, "packed"), *[""] * (len(RATIOS) + 1)])
         for variant in VARIANTS_OF_BLOCKS:
-            pruned = {ratio: found.get(f"{variant}-{ratio}", []) for ratio in RATIOS}
-            if not any(pruned.values()):
+            pruned = {ratio: found[f"{variant}-{ratio}"] for ratio in RATIOS if f"{variant}-{ratio}" in found}
+            if not pruned:
                 continue
-            kept = [
-                said
-                for ratio, said in RATIOS.items()
-                if pruned[ratio] and mean(pruned[ratio], "packed") >= mean(dense, "packed") - 0.01
-            ]
-            cells = [spread(pruned[ratio], "packed") if pruned[ratio] else "" for ratio in RATIOS]
+            enough = mean(dense, "packed") - 0.01
+            kept = [RATIOS[ratio] for ratio, group in pruned.items() if mean(group, "packed") >= enough]
+            cells = [spread(pruned[ratio], "packed") if ratio in pruned else "" for ratio in RATIOS]
             seeds = str(max(map(len, pruned.values())))
             rows.append([name, variant, seeds, "", *cells, kept[-1] if kept else "none"])
     return markdown_table(["run", "pruned", "seeds", "1x", *RATIOS.values(), "largest within 1 point"], rows)

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import CostEffTrainer, block_compression, cli
 from hf_costeff.block_compression import BlockPruningArguments, block_prune
+from hf_costeff.block_pruning import block_matrices
 from hf_costeff.mask_files import load_masks
 from hf_costeff.packed_linear import PackedLinear
 
@@ -55,6 +56,30 @@ def test_a_slim_multi_exit_model_keeps_its_exits(folder):
     model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
     assert model.config.exit_layers == [1, 2, 3, 4] and model.config.exit_config is None
     assert model.predict(torch.randint(4, 20, (3, 7)), early_exit=0.999).exit_layer.min() >= 1
+
+
+def test_a_ratio_of_one_leaves_nothing_of_the_matrices_and_says_so(folder):
+    result = prune(folder, ratio=1.0, allow_empty=True, penalty_epochs=0, retrain_epochs=0)
+    assert result.compression is None and "Pruned matrices: nothing is left." in result.describe()
+    for file in (result.model_path / "block_pruning.json", stages(folder)["prune"] / "stage.json"):
+        assert json.loads(file.read_text(), parse_constant=pytest.fail)["compression"] is None
+    model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
+    assert model.config.num_attention_heads == [0] * 4 and model.config.intermediate_size == [0] * 4
+
+
+def test_without_retraining_the_pruned_blocks_are_zero_all_the_same(folder):
+    prune(folder, retrain_epochs=0)
+    masks = load_masks(stages(folder)["prune"] / "masks.safetensors")
+    model = AutoModelForSequenceClassification.from_pretrained(stages(folder)["retrain"])
+    for name, weight in block_matrices(model).items():
+        assert not weight[~masks.weight_mask(name)].any() and weight.any()
+
+
+def test_a_run_whose_teacher_was_trained_anew_is_refused(folder):
+    prune(folder, model="slim", teacher=str(folder / "stock"))
+    tiny_bert(num_labels=2, seed=7).save_pretrained(folder / "stock")
+    with pytest.raises(ValueError, match="teacher_fingerprint was"):
+        prune(folder, model="slim", teacher=str(folder / "stock"), ratio=0.8)
 
 
 def test_ratios_share_the_penalised_model(folder, monkeypatch):
@@ -107,6 +132,8 @@ def test_a_run_killed_between_the_phases_goes_on(folder, monkeypatch):
         ({"ratio": 1.0}, "`ratio` is 1.0"),
         ({"ratio": 0.5, "threshold": 0.1}, "either `ratio` or `threshold`"),
         ({"penalty_epochs": -1.0}, "`penalty_epochs` is -1.0"),
+        ({"penalty_epochs": float("inf")}, "`penalty_epochs` is inf"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
         ({"strength": -1.0}, "`strength` is -1.0"),
         ({"metric": "spearman"}, "spearman"),
     ],

@@ -138,11 +138,23 @@ def test_a_matrix_is_emptied_only_if_that_is_asked_for(model):
         ({"ratio": 1.5, "allow_empty": True}, "`ratio` is 1.5"),
         ({"ratio": float("nan")}, "`ratio` is nan"),
         ({"threshold": -1.0}, "`threshold` is -1.0"),
+        ({"threshold": 1.0, "across_matrices": True}, "`across_matrices` and `scores`"),
+        ({"threshold": 1.0, "scores": {}}, "`across_matrices` and `scores`"),
+        ({"ratio": 0.5, "scores": {}}, "on one side only"),
     ],
 )
 def test_a_limit_that_makes_no_sense_is_refused(model, settings, error):
     with pytest.raises(ValueError, match=error):
         prune_blocks(model, BlockShape(columns=4), **settings)
+
+
+def test_scores_of_other_blocks_or_without_a_number_are_refused(model):
+    scores = block_energies(model, BlockShape(columns=6))
+    with pytest.raises(ValueError, match="the same `blocks`"):
+        prune_blocks(model, BlockShape(columns=4), ratio=0.5, scores=scores)
+    next(iter(scores.values()))[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not all finite"):
+        prune_blocks(model, BlockShape(columns=6), ratio=0.5, scores=scores)
 
 
 def test_balanced_bands_refuse_limits_that_unbalance_them(model):

@@ -119,6 +119,17 @@ def test_a_proximal_step_shrinks_blocks_by_the_soft_threshold():
     assert gone > 0 and all(matrix.grad is None for matrix in block_matrices(model).values())
 
 
+def test_frozen_matrices_are_not_shrunk_and_can_be_masked(tmp_path):
+    model = fresh()
+    before = {name: matrix.detach().clone() for name, matrix in block_matrices(model).items()}
+    train(model, tmp_path / "1", BlockPenalty(BLOCKS, 50.0, proximal=True), steps=2, trained_parts="exits")
+    assert all(torch.equal(matrix, before[name]) for name, matrix in block_matrices(model).items())
+    masks = prune_blocks(model, BLOCKS, ratio=0.6)
+    train(model, tmp_path / "2", MaskedTraining(masks), steps=2, trained_parts="exits")
+    for name, matrix in block_matrices(model).items():
+        assert torch.equal(matrix, before[name] * masks.weight_mask(name))
+
+
 def test_reweighting_pulls_weak_blocks_harder_than_plain_group_lasso(tmp_path):
     spread = {}
     for reweighted in (True, False):
@@ -196,6 +207,7 @@ def test_the_penalty_is_logged_beside_the_loss_parts_of_a_teacher(tmp_path):
     [
         ({"strength": -1.0}, "`strength` is -1.0"),
         ({"strength": float("nan")}, "`strength` is nan"),
+        ({"strength": float("inf")}, "`strength` is inf"),
         ({"strength": 1.0, "refresh_steps": 0}, "`refresh_steps` is 0"),
         ({"strength": 1.0, "refresh_epochs": -0.5}, "`refresh_epochs` is -0.5"),
         ({"strength": 1.0, "refresh_epochs": 1, "refresh_steps": 10}, "Leave one out"),

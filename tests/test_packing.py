@@ -155,6 +155,11 @@ def test_flops_are_those_of_the_panels(model):
     assert layer_flops(packed.config, 1, 7) > before
 
 
+def test_layouts_are_for_packed_layers(model):
+    with pytest.raises(ValueError, match=r"layers\.9 is no packed layer\. The model has: none, pack it first"):
+        set_layouts(model, {"layers.9": "dense"})
+
+
 def test_unpacking_gives_the_masked_matrices_back(model):
     masks = prune_blocks(model, BlockShape(columns=4, balanced=True), ratio=0.3)
     full = unpack(pack(model, masks))

@@ -632,6 +632,15 @@ def test_a_teacher_of_other_labels_or_width_is_refused(tmp_path):
     assert "representation_loss" not in trainer.state.log_history[0]
 
 
+def test_a_teacher_with_the_same_labels_in_another_order_is_refused(tmp_path):
+    names = ["bad", "fair", "good"]
+    teacher = tiny_bert(id2label=dict(enumerate(reversed(names))))
+    with pytest.raises(ValueError, match=r"'good', 'fair', 'bad'.*'bad', 'fair', 'good'.*same `id2label`"):
+        make_trainer(tmp_path, tiny_model(id2label=dict(enumerate(names))), teacher)
+    make_trainer(tmp_path, tiny_model(id2label=dict(enumerate(reversed(names)))), teacher)
+    make_trainer(tmp_path, tiny_model(), teacher)  # LABEL_0, ... are no names
+
+
 @pytest.mark.parametrize(
     ("layers", "exit_layers", "hidden", "exits"),
     [

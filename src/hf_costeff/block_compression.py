@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,8 +82,10 @@ class BlockPruningArguments:
         if (self.rows, self.columns, self.row_slabs, self.column_slabs) == (None,) * 4:
             self.column_slabs = 4
         for name in ("penalty_epochs", "retrain_epochs"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. It must be 0 or more; 0 leaves the training out.")
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` is {self.batch_size}. It must be at least 1: rows per optimizer step.")
         self.blocks()
 
     def blocks(self) -> BlockShape:
@@ -96,7 +99,7 @@ class BlockPruningResult:
 
     Args:
         model_path: Folder of the model, loadable with `from_pretrained`.
-        compression: Weights of the pruned matrices divided by those that stay.
+        compression: Weights of the pruned matrices divided by those that stay; `None` if none does.
         matrix_bytes: Bytes of those matrices in the file, before and after, indices included.
         parameters: Of the model, before and after.
         metrics: Of the last exit on the validation rows: `given`, and `packed`.
@@ -105,7 +108,7 @@ class BlockPruningResult:
     """
 
     model_path: Path
-    compression: float
+    compression: float | None
     matrix_bytes: tuple[int, int]
     parameters: tuple[int, int]
     metrics: dict[str, dict[str, float]]
@@ -116,10 +119,13 @@ class BlockPruningResult:
         """The result in words."""
         before, after = self.matrix_bytes
         given, packed = (", ".join(f"{k} {v:.4f}" for k, v in self.metrics[name].items()) for name in self.metrics)
-        layouts = ", ".join(f"{count} {layout}" for layout, count in self.layouts.items())
+        layouts = ", ".join(f"{count} {layout}" for layout, count in self.layouts.items()) or "none is left"
+        fewer = "nothing is left"
+        if self.compression is not None:
+            fewer = f"{self.compression:.2f} times fewer weights, {before / after:.2f} times fewer bytes"
         faster = self.milliseconds["full"] / self.milliseconds["packed"]
         text = (
-            f"Pruned matrices: {self.compression:.2f} times fewer weights, {before / after:.2f} times fewer bytes.\n"
+            f"Pruned matrices: {fewer}.\n"
             f"Parameters: {self.parameters[0]:,} before, {self.parameters[1]:,} after.\n"
             f"Validation: {given} before; {packed} after.\n"
             f"Layers by layout: {layouts}. A batch of 32 rows: {self.milliseconds['full']:.1f} ms full, "
@@ -197,6 +203,7 @@ class BlockPruning(StagedRun):
         return {
             **settings,
             "model_fingerprint": fingerprint_of(self.given),
+            "teacher_fingerprint": None if self.teacher is None else fingerprint_of(self.teacher),
             "data_fingerprint": self.data.fingerprint(),
             "max_length": self.data.max_length,
         }
@@ -218,7 +225,10 @@ class BlockPruning(StagedRun):
 
     def _choose_blocks(self) -> tuple[Callable[[Path], Any], dict[str, Any]]:
         masks = self._prune(self._load("penalty"))
-        record = {"compression": masks.compression, **{name: getattr(self.arguments, name) for name in PRUNING}}
+        record = {
+            "compression": _finite(masks.compression),
+            **{name: getattr(self.arguments, name) for name in PRUNING},
+        }
         return lambda folder: save_masks(masks, folder / MASKS), record
 
     def _masks(self, stage: str) -> BlockMasks:
@@ -280,7 +290,7 @@ class BlockPruning(StagedRun):
         stored |= {name: layer.values.nbytes + layer.index.nbytes for name, layer in packed_linears(packed.costeff)}
         result = BlockPruningResult(
             folder,
-            masks.compression,
+            _finite(masks.compression),
             (sum(full.values()), sum(stored.values())),
             (count_parameters(trained), count_parameters(packed)),
             {"given": self._metrics(self.given, "given model"), "packed": self._metrics(packed, "packed model")},
@@ -295,3 +305,7 @@ class BlockPruning(StagedRun):
         del facts["model_path"]
         (folder / REPORT).write_text(json.dumps(facts, indent=1))
         return result
+
+
+def _finite(compression: float) -> float | None:
+    return compression if math.isfinite(compression) else None  # JSON has no infinity

@@ -29,7 +29,8 @@ class BlockShape:
     """How a matrix is cut into blocks, by size or by count; a cut that does not come out even leaves smaller blocks.
 
     A block is `rows` high and `columns` wide. The paper's three kinds are `columns=d` (one row of a column slab),
-    `rows=h, columns=1` (one column of a row slab), and `rows=r, columns=c`.
+    `rows=h, columns=1` (one column of a row slab), and `rows=r, columns=c`. A count makes blocks of length / count,
+    rounded up, so there are fewer slabs where that does not come out even: 5 of 12 columns are 4 slabs of 3.
 
     Args:
         rows: Rows of a block; `None` is 1, or what `row_slabs` makes of the matrix.
@@ -275,8 +276,13 @@ def prune_blocks(
         raise ValueError(f"`threshold` is {threshold}. It must be a norm, 0 or more.")
     if blocks.balanced and (threshold is not None or across_matrices):
         raise ValueError("Balanced bands keep equal numbers of blocks: give `ratio`, without `across_matrices`.")
+    if threshold is not None and (across_matrices or scores is not None):
+        raise ValueError(
+            "`threshold` prunes by norm, block by block. `across_matrices` and `scores` say what a `ratio` ranks by: "
+            "give one, or leave them out."
+        )
     energies = block_energies(model, blocks, embeddings)
-    scores = {name: (scores or energies)[name].detach().cpu().double() for name in energies}
+    scores = _checked(energies if scores is None else scores, energies)
     matrices = block_matrices(model, embeddings)
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in matrices.items()}
     if threshold is not None:
@@ -289,6 +295,25 @@ def prune_blocks(
         for name, mask in masks.items():
             mask.view(-1)[scores[name].argmax()] |= ~mask.any()
     return BlockMasks(blocks, masks, shapes, weights_fingerprint(model))
+
+
+def _checked(scores: Mapping[str, Tensor], energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scores in double precision on the CPU, if they are numbers for the same blocks of the same matrices."""
+    if set(scores) != set(energies):
+        differing = sorted(set(scores) ^ set(energies))
+        raise ValueError(
+            f"`scores` are not those of this model's matrices: {differing[0]} is on one side only. Compute them for "
+            "this model, with the same `embeddings`."
+        )
+    for name, energy in energies.items():
+        if scores[name].shape != energy.shape:
+            raise ValueError(
+                f"`scores` have the shape {tuple(scores[name].shape)} for {name}, and it has {tuple(energy.shape)} "
+                "blocks. Compute them with the same `blocks`."
+            )
+        if not scores[name].isfinite().all():
+            raise ValueError(f"The scores of {name} are not all finite. Look for NaN in its weights or in the loss.")
+    return {name: scores[name].detach().cpu().double() for name in energies}
 
 
 def _sizes(blocks: BlockShape, rows: int, columns: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ class BlockPenalty(Regularizer):
         proximal: bool = False,
         embeddings: bool = False,
     ) -> None:
-        if not strength >= 0:
-            raise ValueError(f"`strength` is {strength}. It must be 0 or more; 0 pulls at nothing.")
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"`strength` is {strength}. It must be 0 or more, and finite; 0 pulls at nothing.")
         if refresh_epochs is not None and refresh_steps is not None:
             raise ValueError("Weights are refreshed by `refresh_epochs` or by `refresh_steps`. Leave one out.")
         for name, value in (("refresh_epochs", refresh_epochs), ("refresh_steps", refresh_steps)):
@@ -139,6 +140,8 @@ class BlockPenalty(Regularizer):
         rate = kwargs["optimizer"].param_groups[0]["lr"]
         for name, norms in self._norms():
             matrix = self._matrices[name]
+            if not matrix.requires_grad:
+                continue
             pull = rate * self.strength * self.block_weights[name] * norms.square().mean()
             factor = (1 - pull / norms.clamp(min=1e-12)).clamp(min=0)
             matrix.mul_(self.blocks.spread(factor, *matrix.shape).to(matrix.dtype))
@@ -186,6 +189,8 @@ class BlockPenalty(Regularizer):
 class MaskedTraining(Regularizer):
     """Trains what masks keep: pruned blocks are zero, get no gradient, and take no part in gradient clipping.
 
+    Matrices that are frozen are zeroed too.
+
     Args:
         masks: Made for the model that is trained, or for the one that it was trained from.
     """
@@ -206,7 +211,9 @@ class MaskedTraining(Regularizer):
         model: CostEffForSequenceClassification = kwargs["model"]
         self.masks.check(model)
         self._masked = list(_with_masks(block_matrices(model, embeddings=True), self.masks))
-        self._hooks = [weight.register_hook(mask.to(weight.dtype).mul) for weight, mask in self._masked]
+        self._hooks = [
+            weight.register_hook(mask.to(weight.dtype).mul) for weight, mask in self._masked if weight.requires_grad
+        ]
         self._apply()
 
     def on_optimizer_step(

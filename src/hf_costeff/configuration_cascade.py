@@ -10,19 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_costeff import CostEffConfig, check_exit_config, problem_type_of, require_no_gates
+from .configuration_costeff import CostEffConfig, check_exit_config, label_names, problem_type_of, require_no_gates
 
 FEWEST_MEMBERS = 2
 if TYPE_CHECKING:  # what __post_init__ leaves
     Members = list[Any]
 else:  # what is accepted
     Members = list | None
-
-
-def label_names(config: PreTrainedConfig) -> list[str] | None:
-    """Names of a classifier's labels in its order, without case; `None` if they are LABEL_0, LABEL_1, ..."""
-    names = [str(config.id2label[label]).strip().casefold() for label in sorted(config.id2label)]
-    return None if all(name == f"label_{label}" for label, name in enumerate(names)) else names
 
 
 def naming_member(configs: Sequence[PreTrainedConfig]) -> PreTrainedConfig:

@@ -85,6 +85,12 @@ def problem_type_of(config: PreTrainedConfig) -> str:
     return REGRESSION if config.num_labels == 1 else SINGLE_LABEL
 
 
+def label_names(config: PreTrainedConfig) -> list[str] | None:
+    """Names of a classifier's labels in its order, without case; `None` if they are LABEL_0, LABEL_1, ..."""
+    names = [str(config.id2label[label]).strip().casefold() for label in sorted(config.id2label)]
+    return None if all(name == f"label_{label}" for label, name in enumerate(names)) else names
+
+
 def require_no_gates(config: Any, action: str) -> None:
     """Refuse a gated model where every row has to run every layer.
 

@@ -258,6 +258,7 @@ class LayerSkipping(StagedRun):
         return {
             **settings,
             "model_fingerprint": fingerprint_of(self.given, without=self.missing),
+            "teacher_fingerprint": None if self.teacher is None else fingerprint_of(self.teacher),
             "data_fingerprint": self.data.fingerprint(),
             "max_length": self.data.max_length,
         }

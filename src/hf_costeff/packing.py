@@ -182,9 +182,13 @@ def set_layouts(model: CostEffForSequenceClassification, layouts: dict[str, str]
         layouts: Name of a packed layer -> layout.
 
     Raises:
-        ValueError: If a layer cannot have its layout.
+        ValueError: If a layer is not packed, or cannot have its layout.
     """
     packed = dict(packed_linears(model.costeff))
+    if unknown := sorted(set(layouts) - set(packed)):
+        raise ValueError(
+            f"{unknown[0]} is no packed layer. The model has: {', '.join(packed) or 'none, pack it first'}."
+        )
     described = copy.deepcopy(model.config.packed_layers or {})
     for name, layout in layouts.items():
         packed[name].set_layout(layout)

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .augmentation import replace_tokens
 from .block_training import Regularizer
 from .checksums import is_whole, write_checksums
-from .configuration_costeff import CostEffConfig, problem_type_of
+from .configuration_costeff import CostEffConfig, label_names, problem_type_of
 from .difficulty import HARD, check_hard_rows, difficulty_part
 from .efficiency import count_parameters
 from .exit_criteria import MULTI_LABEL, REGRESSION
@@ -70,12 +70,19 @@ class Teacher:
         """Freeze the teacher and check that it can teach.
 
         Raises:
-            ValueError: If the numbers of labels differ.
+            ValueError: If the numbers of labels differ, or both have names and these differ.
         """
         if model.config.num_labels != student.num_labels:
             raise ValueError(
                 f"The teacher has {model.config.num_labels} labels and the student {student.num_labels}. "
                 "Build the student from the teacher, or give both the same `num_labels`."
+            )
+        names = label_names(model.config), label_names(student)
+        if None not in names and names[0] != names[1]:
+            raise ValueError(
+                f"The teacher has the labels {list(model.config.id2label.values())} and the student "
+                f"{list(student.id2label.values())}. Its answers are taken by their order, so give both the same "
+                "`id2label`."
             )
         self.model = model.requires_grad_(False).eval()
         self.accepted = set(inspect.signature(model.forward).parameters)
