@@ -79,11 +79,11 @@ def quality(given: argparse.Namespace) -> None:
                 column_slabs=given.column_slabs,
                 metric=metric,
                 seed=seed,
-                penalty_epochs=given.epochs,
-                retrain_epochs=given.epochs,
+                penalty_epochs=given.penalty_epochs,
+                retrain_epochs=given.retrain_epochs,
                 learning_rate=given.learning_rate,
-                retrain_learning_rate=given.learning_rate,
-                **{"strength": given.strength, **VARIANTS[variant]},
+                retrain_learning_rate=given.retrain_learning_rate,
+                **VARIANTS[variant],
             )
             data = DataArguments(dataset=given.data, dataset_config=given.task, **SPLITS.get(given.task, {}))
             job = BlockPruning(arguments, data)
@@ -248,9 +248,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--column_slabs", type=int, default=4)
-    parser.add_argument("--strength", type=float, default=30.0)
-    parser.add_argument("--epochs", type=float, default=4.0, help="Under the penalty, and again under the masks.")
-    parser.add_argument("--learning_rate", type=float, default=5e-5)
+    parser.add_argument("--penalty_epochs", type=float, default=4.0)
+    parser.add_argument("--retrain_epochs", type=float, default=4.0)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--retrain_learning_rate", type=float, default=3e-4)
     parser.add_argument("--shapes", nargs="+", default=list(FAST_SHAPES), choices=SHAPES, help="For speed.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runs", default="runs")

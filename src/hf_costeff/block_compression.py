@@ -64,14 +64,18 @@ class BlockPruningArguments:
     )
     balanced: bool = field(default=False, metadata={"help": "Every band of blocks keeps the same number of them."})
     embeddings: bool = field(default=False, metadata={"help": "Prune the embeddings too; they are stored whole."})
-    strength: float = field(default=30.0, metadata={"help": "Of the penalty; 0 trains without one."})
+    strength: float | None = field(
+        default=None, metadata={"help": "Of the penalty; 0 trains without one. Default: 300, for proximal steps 30."}
+    )
     reweighted: bool = field(default=True, metadata={"help": "Pull weak blocks harder; False is plain group Lasso."})
     proximal: bool = field(default=False, metadata={"help": "Shrink blocks after each step; for short runs."})
     refresh_epochs: float = field(default=1.0, metadata={"help": "Take the penalty's weights anew so often."})
     penalty_epochs: float = field(default=4.0, metadata={"help": "Training under the penalty; 0 leaves it out."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Under the penalty."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Under the penalty."})
     retrain_epochs: float = field(default=4.0, metadata={"help": "Training under the masks; 0 leaves it out."})
-    retrain_learning_rate: float = field(default=5e-5, metadata={"help": "Under the masks."})
+    retrain_learning_rate: float = field(
+        default=3e-4, metadata={"help": "Under the masks, where much has to be learnt anew."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Rows per optimizer step."})
     metric: str | None = field(default=None, metadata={"help": "Metric to choose by. Default: by problem type."})
     seed: int = field(default=42, metadata={"help": "Of order, dropout and new weights."})
@@ -81,6 +85,8 @@ class BlockPruningArguments:
             self.ratio = 0.5
         if (self.rows, self.columns, self.row_slabs, self.column_slabs) == (None,) * 4:
             self.column_slabs = 4
+        if self.strength is None:
+            self.strength = 30.0 if self.proximal else 300.0
         for name in ("penalty_epochs", "retrain_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. It must be 0 or more; 0 leaves the training out.")
