@@ -101,6 +101,8 @@ def test_with_top_k_every_label_carries_the_exit_layer(classify, model):
     assert [answer["score"] for answer in answers] == pytest.approx(chances.tolist(), abs=1e-5)
     assert {answer["exit_layer"] for answer in answers} == {int(expected.exit_layer)}
     assert len(classify(TEXTS[3], top_k=None)) == 3
+    with pytest.raises(ValueError, match="`top_k` is 0"):
+        classify(TEXTS[3], top_k=0)
 
 
 def test_a_function_is_applied_to_the_raw_logits(classify, model):

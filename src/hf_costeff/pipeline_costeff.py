@@ -41,6 +41,9 @@ class CostEffClassificationPipeline(TextClassificationPipeline):
         return super().preprocess(inputs, **tokenizer_kwargs)
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        top_k = parameters.get("top_k")
+        if isinstance(top_k, int) and top_k < 1:
+            raise ValueError(f"`top_k` is {top_k}. It must be at least 1, or None for all labels.")
         exits = {name: parameters.pop(name) for name in ("early_exit", "skip_layers") if name in parameters}
         preprocess, forward, postprocess = super()._sanitize_parameters(**parameters)
         return preprocess, {**forward, **exits}, postprocess
