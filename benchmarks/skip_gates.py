@@ -1,15 +1,20 @@
 """Layer skipping on real tasks: curves against early exit, ablations, soft and hard weights, FLOPs and time.
 
-    python benchmarks/skip_gates.py train --task rte --data DIR --model DIR [--seeds 42 43 44] [--variants full exits]
-    python benchmarks/skip_gates.py train --task rte --data DIR --model DIR --variants full skips --targets 2 3 4
+    python benchmarks/skip_gates.py train --task rte --data DIR --model DIR [--seeds 42 43 44] [--variants full skips]
+    python benchmarks/skip_gates.py train --task rte --data DIR --model DIR --variants full skips --targets 1.8 2.8
     python benchmarks/skip_gates.py chart --tasks rte wnli
 
 `train` runs the recipe per seed, variant and target (`free` is without a target). `exits` has no gates: its full depth
-is the ungated model that everything is held against, so it goes first. Of each run a row is kept: metric, layers run
-and FLOPs on validation by skipping alone, by both, and with settings calibrated for 2 and 3 times fewer FLOPs than the
-ungated model, with paired bootstrap intervals; the metric with soft weights; how many paths rows take; milliseconds per
-text at batch 32. `chart` draws exits alone, skipping alone and both. Rows go to benchmarks/results/skip-<task>.json one
-by one, so an interrupted run goes on.
+is the ungated model that everything is held against, so it goes first. All other variants start from the ungated model
+of the same seed, exits included, and learn from its answers: fresh gates mix every layer half and half, which harms an
+encoder that is still learning the task. They thus see `--epochs` more than the ungated model does. Variants that differ
+in the settings of exits alone share one backbone.
+
+Of each run a row is kept: metric, layers run and FLOPs on validation by skipping alone, by both, and with settings
+chosen on calibration rows for 2 and 3 times fewer FLOPs than the ungated model, with paired bootstrap intervals; the
+metric with soft weights; how many paths rows take; milliseconds per text at batch 32. `chart` draws exits alone,
+skipping alone and both. Rows go to benchmarks/results/skip-<task>.json one by one, so an interrupted run goes on. Other
+settings are refused there: name another --suffix.
 """
 
 from __future__ import annotations
@@ -26,11 +31,13 @@ from transformers import AutoModelForSequenceClassification
 
 from block_pruning import read, write
 from hf_costeff import CostEffForSequenceClassification
+from hf_costeff.calibration import ExitSearch, choose_exit_config
 from hf_costeff.charts import new_figure
+from hf_costeff.configuration_costeff import SKIP_GATES
 from hf_costeff.data import DataArguments
-from hf_costeff.evaluation import calibrate, collect_exit_logits, model_inputs
-from hf_costeff.exit_replay import ExitReplay
-from hf_costeff.layer_skipping import LayerSkipping, LayerSkippingArguments
+from hf_costeff.evaluation import collect_exit_logits, model_inputs
+from hf_costeff.exit_replay import ExitReplay, ReplayedExits
+from hf_costeff.layer_skipping import OF_EXITS, LayerSkipping, LayerSkippingArguments
 from hf_costeff.metrics import METRICS, paired_bootstrap
 from hf_costeff.report import SKIPPING
 from real_run import METRIC, SPLITS
@@ -54,9 +61,19 @@ POINTS = {"full": "tab:green", "skips": "tab:green"}
 GOALS = (2.0, 3.0)
 
 
+SETTINGS = ("gates", "exit_head", "epochs", "exit_epochs", "learning_rate", "rows")
+"""Flags that decide what the rows of a file say."""
+
+
 def train(given: argparse.Namespace) -> None:
     output = RESULTS / f"skip-{given.task}{given.suffix}.json"
-    rows = read(output)
+    found = read(output) or {"settings": {}, "rows": {}}
+    settings = {name: getattr(given, name) for name in SETTINGS}
+    if found["rows"] and found["settings"] != settings:
+        raise SystemExit(
+            f"{output} has rows with other settings: {found['settings']}. Repeat them, or name another --suffix."
+        )
+    rows, found["settings"] = found["rows"], settings
     variants = [UNGATED, *(name for name in given.variants if name != UNGATED)]
     for seed in given.seeds:
         for variant in variants:
@@ -67,29 +84,34 @@ def train(given: argparse.Namespace) -> None:
                 job = LayerSkipping(arguments(given, variant, target, seed), data(given))
                 result = job.run()
                 facts = json.loads((result.model_path / SKIPPING).read_text())
-                reference = None if variant == UNGATED else rows[f"{UNGATED}/free/{seed}"]
-                logits = Path(given.runs) / f"skip-{given.task}-ungated-{seed}.npy"
-                rows[name] = {"metric": job.metric, **measured(job, facts, reference, logits)}
-                write(output, rows)
+                rows[name] = {"metric": job.metric, **measured(job, facts)}
+                write(output, found)
                 print(name, json.dumps({key: value for key, value in rows[name].items() if key != "curve"}), flush=True)
 
 
+def folder(given: argparse.Namespace, variant: str, target: float | None, seed: int) -> str:
+    """Of a run, one for all variants with the same backbone: its name is that of the first of them."""
+    first = next(name for name in VARIANTS if of_backbone(name) == of_backbone(variant))
+    budget = "free" if target is None else f"{target:g}"
+    return str(Path(given.runs) / f"skip-{given.task}{given.suffix}-{first.replace(' ', '-')}-{budget}-{seed}")
+
+
+def of_backbone(variant: str) -> dict[str, Any]:
+    return {name: value for name, value in VARIANTS[variant].items() if name not in OF_EXITS}
+
+
 def arguments(given: argparse.Namespace, variant: str, target: float | None, seed: int) -> LayerSkippingArguments:
-    folder = f"skip-{given.task}-{variant.replace(' ', '-')}-{'free' if target is None else f'{target:g}'}-{seed}"
-    shape = {
-        "gates": given.gates,
-        "exit_head": given.exit_head,
-        "epochs": given.epochs,
-        "exit_epochs": given.exit_epochs,
-        "learning_rate": given.learning_rate,
-    }
+    ungated = folder(given, UNGATED, None, seed)
+    start = {"model": ungated, "teacher": ungated, "gates": given.gates}
+    if variant == UNGATED:
+        start = {"model": given.model, "exit_head": given.exit_head}
+    lengths = {name: getattr(given, name) for name in ("epochs", "exit_epochs", "learning_rate")}
     return LayerSkippingArguments(
-        given.model,
-        str(Path(given.runs) / folder),
+        output_dir=folder(given, variant, target, seed),
         metric=METRIC.get(given.task, "accuracy"),
         target_layers=target,
         seed=seed,
-        **{**shape, **VARIANTS[variant]},
+        **{**start, **lengths, **VARIANTS[variant]},
     )
 
 
@@ -103,66 +125,78 @@ def data(given: argparse.Namespace) -> DataArguments:
     )
 
 
-def measured(
-    job: LayerSkipping, facts: dict[str, Any], reference: dict[str, Any] | None, logits: Path
-) -> dict[str, Any]:
-    """One run's row; of the ungated one the logits are stored for the others."""
+def measured(job: LayerSkipping, facts: dict[str, Any]) -> dict[str, Any]:
+    """One run's row."""
     model = AutoModelForSequenceClassification.from_pretrained(job.arguments.output_dir).to(job.device)
+    replays = replayed(model, job)
+    references = replays if facts["skipping"] is None else replayed(job.given, job)  # what gated models start from
+    ungated = {name: replay.full_depth for name, replay in references.items()}
     by_name = {row["name"]: row for row in facts["rows"]}
     last = facts["rows"][-1]
     found: dict[str, Any] = {
         "last": {key: last[key] for key in ("name", "flops_per_row", "mean_exit_layer")},
         "last_metric": last["metrics"][job.metric],
+        "ungated_metric": ungated["validation"].metric(job.metric),
         "curve": [[point["flops_per_row"], point["metric"]] for point in facts["curve"]],
         "ms_per_text_32": {name: row["ms_per_text"]["32"] for name, row in by_name.items()},
         "flops_per_row": {name: row["flops_per_row"] for name, row in by_name.items()},
     }
-    records = collect_exit_logits(model, job.data.validation, job.collator)
-    if reference is None:
-        found["ungated_metric"] = by_name["all layers"]["metrics"][job.metric]
-        np.save(logits, records.logits[:, -1].numpy())
     if facts["skipping"] is not None:
-        skipping, whole = by_name["skipping"], by_name["all layers"]
-        counted = whole["flops_per_row"] / skipping["flops_per_row"]
-        clocked = whole["ms_per_text"]["32"] / skipping["ms_per_text"]["32"]
         found |= {
-            "skips_metric": skipping["metrics"][job.metric],
+            "skips_metric": by_name["skipping"]["metrics"][job.metric],
+            "skips_difference_95": difference(replays["validation"].full_depth, ungated["validation"], job),
+            "skips_speedup": ungated["validation"].mean_flops / by_name["skipping"]["flops_per_row"],
             "soft_metric": soft_metric(model, job),
             "layers_run": facts["skipping"]["layers_run"],
             "paths": len(facts["skipping"]["paths"]),
             "commonest_path": next(iter(facts["skipping"]["paths"].values())),
-            "counted_speedup": counted,
-            "clocked_speedup": clocked,
-            "clocked_over_counted": clocked / counted,
+            "clocked_over_counted": clocked_over_counted(by_name["all layers"], by_name["skipping"]),
+            "last_clocked_over_counted": clocked_over_counted(by_name["all layers"], last),
         }
     if job.trains_exits:
-        ungated = (reference or found)["flops_per_row"]["all layers"]
-        found["at"] = {f"{goal:g}x": at_speedup(model, job, records, goal, ungated, np.load(logits)) for goal in GOALS}
+        found["at"] = {f"{goal:g}x": at_speedup(replays, ungated, goal, job) for goal in GOALS}
     return found
 
 
+def replayed(model: CostEffForSequenceClassification, job: LayerSkipping) -> dict[str, ExitReplay]:
+    """A model's answers on the rows to choose by and on those to report."""
+    parts = {"calibration": job.data.calibration, "validation": job.data.validation}
+    records = {name: collect_exit_logits(model, rows, job.collator) for name, rows in parts.items()}
+    return {name: ExitReplay(part, model.config) for name, part in records.items()}
+
+
+def difference(ours: ReplayedExits, theirs: ReplayedExits, job: LayerSkipping) -> tuple[float, float, float]:
+    function, labels = METRICS[job.data.problem_type][job.metric], ours.replay.records.known_labels()
+    return paired_bootstrap(function, ours.logits.numpy(), theirs.logits.numpy(), labels)
+
+
+def clocked_over_counted(whole: dict[str, Any], row: dict[str, Any]) -> float:
+    """Speed-up at batch 32 by the clock as a share of that in FLOPs, both over the gated model at all layers."""
+    clocked = whole["ms_per_text"]["32"] / row["ms_per_text"]["32"]
+    return clocked / (whole["flops_per_row"] / row["flops_per_row"])
+
+
 def at_speedup(
-    model: CostEffForSequenceClassification,
-    job: LayerSkipping,
-    records: Any,
-    goal: float,
-    ungated_flops: float,
-    ungated: np.ndarray,
+    replays: dict[str, ExitReplay], ungated: dict[str, ReplayedExits], goal: float, job: LayerSkipping
 ) -> dict[str, Any]:
-    """Settings chosen on held-out rows for a FLOPs ratio to the ungated model, on validation."""
-    goals = {"target_speedup": goal, "reference_flops": ungated_flops, "trained_keys": job.train_keys}
-    quick = {"fit_temperatures": False, "show_progress": False}
+    """Settings chosen on held-out rows for a FLOPs ratio to the ungated model on these, on validation."""
+    chosen_on, reported = replays["calibration"], replays["validation"]
     try:
-        settings = calibrate(model, job.data.calibration, job.collator, metric=job.metric, **goals, **quick)
+        settings = choose_exit_config(
+            chosen_on.records,
+            chosen_on.config,
+            job.metric,
+            target_speedup=goal,
+            reference_flops=ungated["calibration"].mean_flops,
+            search=ExitSearch(fit_temperatures=False),
+        )
     except ValueError as error:
         return {"out_of_reach": str(error)}
-    replay = ExitReplay(records, model.config)
-    outcome, answered = replay.outcome(settings, job.metric), replay.at(settings).logits.numpy()
-    function = METRICS[job.data.problem_type][job.metric]
+    exits = reported.at(settings)
     return {
-        "metric": outcome.metric,
-        "speedup": ungated_flops / outcome.flops_per_row,
-        "difference_95": paired_bootstrap(function, answered, ungated, records.known_labels()),
+        "metric": exits.metric(job.metric),
+        "speedup": ungated["validation"].mean_flops / exits.mean_flops,
+        "difference_95": difference(exits, ungated["validation"], job),
     }
 
 
@@ -180,8 +214,9 @@ def chart(given: argparse.Namespace) -> None:
     """Metric against FLOPs, one picture per task: a line per run with exits, a point per run that skips alone."""
     figure = new_figure(4.5 * len(given.tasks), 4)
     for axes, task in zip(figure.subplots(1, len(given.tasks), squeeze=False)[0], given.tasks, strict=True):
-        rows = read(RESULTS / f"skip-{task}{given.suffix}.json")
-        whole = statistics.mean(row["flops_per_row"]["all layers"] for name, row in rows.items() if UNGATED in name)
+        rows = read(RESULTS / f"skip-{task}{given.suffix}.json")["rows"]
+        ungated = [row for name, row in rows.items() if name.startswith(f"{UNGATED}/")]
+        whole = statistics.mean(row["flops_per_row"]["all layers"] for row in ungated)
         for name, row in rows.items():
             variant = name.split("/")[0]
             if variant in LINES:
@@ -209,13 +244,13 @@ def main() -> None:
     parser.add_argument(
         "--targets", type=float, nargs="*", default=[], help="Layers; none: the incentive's own weight."
     )
-    parser.add_argument("--gates")
-    parser.add_argument("--exit_head", default="attention")
+    parser.add_argument("--gates", default="attention", choices=SKIP_GATES)
+    parser.add_argument("--exit_head", default="attention", help="Of the ungated model, whose heads the others keep.")
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--exit_epochs", type=float, default=4.0)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--rows", type=int, help="For a trial: so many of train and of validation.")
-    parser.add_argument("--suffix", default="", help="Of the files of results, to keep trial runs apart.")
+    parser.add_argument("--suffix", default="", help="Of files and folders, to keep trial runs apart.")
     parser.add_argument("--runs", default="runs")
     given = parser.parse_args()
     if given.what == "train" and not (given.task and given.data and given.model):
