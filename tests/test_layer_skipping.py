@@ -34,6 +34,18 @@ def skip(models, folder, model="stock", **settings):
     return train_layer_skipping(arguments, sentence_rows(200))
 
 
+def stop_at(kind, patched):
+    """Training of a stage ends as by a kill."""
+    train = layer_skipping.LayerSkipping._train
+
+    def killed(self, stage):
+        if stage.startswith(kind):
+            raise KeyboardInterrupt
+        return train(self, stage)
+
+    patched.setattr(layer_skipping.LayerSkipping, "_train", killed)
+
+
 def stages(folder):
     return {path.name.split("-")[0] for path in (folder / "stages").iterdir() if path.is_dir()}
 
@@ -121,16 +133,13 @@ def test_the_backbone_stays_as_it_is_while_the_exits_learn_and_serves_other_exit
     after = AutoModelForSequenceClassification.from_pretrained(next(folder.glob("exits-*"))).state_dict()
     learnt = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert learnt and all(any(f"exits.{layer}." in name for layer in (1, 2, 3)) for name in learnt)
-    monkeypatch.setattr(layer_skipping.LayerSkipping, "_train_backbone", None)
+    stop_at("backbone", monkeypatch)
     skip(models, tmp_path / "out", exit_contrastive_weight=0.5, max_metric_drop=2.0)
     assert len(list(folder.glob("exits-*"))) == 2
 
 
 def test_a_run_whose_rows_were_cut_at_another_length_is_refused(models, tmp_path, monkeypatch):
-    def killed(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(layer_skipping.LayerSkipping, "_train_backbone", killed)
+    stop_at("backbone", monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         skip(copytree(models, tmp_path / "models"), tmp_path / "out")
     tokenizer = word_tokenizer()
@@ -141,15 +150,12 @@ def test_a_run_whose_rows_were_cut_at_another_length_is_refused(models, tmp_path
 
 
 def test_a_run_killed_between_the_phases_goes_on(models, tmp_path, monkeypatch):
-    def killed(self, stage):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(layer_skipping.LayerSkipping, "_train_exits", killed)
+        stop_at("exits", patched)
         with pytest.raises(KeyboardInterrupt):
             skip(models, tmp_path / "cut")
     with monkeypatch.context() as patched:
-        patched.setattr(layer_skipping.LayerSkipping, "_train_backbone", None)
+        stop_at("backbone", patched)
         skip(models, tmp_path / "cut")
     skip(models, tmp_path / "whole")
     cut, whole = (
@@ -169,13 +175,22 @@ def test_a_run_killed_between_the_phases_goes_on(models, tmp_path, monkeypatch):
         ({"exit_head": "mlp"}, "`exit_head` is 'mlp'"),
         ({"epochs": -1.0}, "`epochs` is -1.0"),
         ({"metric": "spearman"}, "spearman"),
+        ({"epochs": float("inf")}, "`epochs` is inf"),
         ({"skip_weight": -1.0}, "`skip_weight` is -1.0"),
+        ({"skip_weight": float("inf")}, "`skip_weight` is inf.*finite"),
+        ({"learning_rate": 0.0}, "`learning_rate` is 0.0. It must be above 0"),
+        ({"exit_learning_rate": -1.0}, "`exit_learning_rate` is -1.0. It must be above 0"),
+        ({"exit_contrastive_weight": -1.0}, "`exit_contrastive_weight` is -1.0"),
+        ({"exit_contrastive_weight": 0.1, "exit_head": "linear"}, "needs heads with token states"),
+        ({"exit_contrastive_temperature": 0.0}, "`exit_contrastive_temperature` is 0.0"),
+        ({"target_speedup": -1.0}, "`target_speedup` is -1.0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(settings, error, models, tmp_path, monkeypatch):
     monkeypatch.setattr(staged_run.CostEffTrainer, "train", None)
     with pytest.raises(ValueError, match=error):
         skip(models, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_says_what_came_of_it(models, tmp_path, capsys):

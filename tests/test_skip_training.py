@@ -342,7 +342,9 @@ def test_evaluation_is_that_of_skipping_alone_and_says_how_many_layers_ran(tmp_p
         ({}, {"trained_parts": "gates"}, "`trained_parts` is 'gates'"),
         ({}, {"hard_gate_ratio": 1.5}, "`hard_gate_ratio` is 1.5"),
         ({}, {"contrastive_temperature": 0.0}, "`contrastive_temperature` is 0.0"),
+        ({}, {"contrastive_temperature": float("inf")}, "`contrastive_temperature` is inf"),
         ({}, {"skip_weight": -0.1}, "`skip_weight` is -0.1"),
+        (GATED, {"skip_weight": float("inf")}, "`skip_weight` is inf"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_training(sizes, settings, message, tmp_path):

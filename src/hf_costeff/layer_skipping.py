@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration import exit_curve
+from .calibration_goals import check_goal
 from .charts import draw_pareto_chart, draw_skip_chart
 from .checkpoints import load_classifier, load_tokenizer, load_unfinished_classifier
 from .checksums import fingerprint_of
@@ -35,7 +37,7 @@ from .modeling_costeff import CostEffForSequenceClassification
 from .recipes import Phase
 from .report import SKIPPING, describe_hardware, without_folders
 from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
-from .skip_training import check_target_layers
+from .skip_training import check_skip_settings
 from .staged_run import Stage, StagedRun, settings_key
 from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
 
@@ -108,8 +110,11 @@ class LayerSkippingArguments:
                 choices = ", ".join(str(choice) for choice in known if choice is not None)
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. It must be one of {choices}.")
         for name, least in (("epochs", 0), ("exit_epochs", 0), ("batch_size", 1), ("seed", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be at least {least}.")
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be at least {least}, and finite.")
+        for name in ("learning_rate", "exit_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0, and finite.")
         if self.gates == NO_GATES and self.target_layers is not None:
             raise ValueError("`target_layers` needs gates, and `gates` is 'none'. Leave one out.")
         if self.gates == NO_GATES and not self.exit_epochs:
@@ -234,15 +239,64 @@ class LayerSkipping(StagedRun):
                 "Exits of a regression answer by patience, which looks back at exits that a row may have skipped. Set "
                 "`exit_epochs` to 0, or `gates` to 'none'."
             )
-        if wanted.target_layers is not None:
-            check_target_layers(wanted.target_layers, config)
+        if self.trains_exits:
+            check_goal(config, self.metric, **self._goals())
+        self.trainings = self._stage_trainings()
+        for arguments in self.trainings.values():
+            check_skip_settings(arguments, config)
+
+    def _goals(self) -> dict[str, Any]:
+        return {name: getattr(self.arguments, name) for name in GOALS}
+
+    def _stage_trainings(self) -> dict[str, CostEffTrainingArguments]:
+        """What every stage trains with, in order.
+
+        Of the backbone the checkpoint that skips and answers best is kept; with a target, among those near it.
+        """
+        wanted, config = self.arguments, self.start.config
+        found = {
+            BACKBONE: self._stage_training(
+                BACKBONE,
+                Phase(wanted.epochs, wanted.learning_rate),
+                best_by=self.metric if wanted.target_layers is None else f"{self.metric}_on_target",
+                trained_parts=BACKBONE,
+                skip_weight=0.0 if config.skip_gates is None else wanted.skip_weight,
+                target_layers=wanted.target_layers,
+                hard_gate_ratio=wanted.hard_gate_ratio,
+                contrastive_weight=wanted.contrastive_weight,
+                contrastive_temperature=wanted.contrastive_temperature,
+            )
+        }
+        if self.trains_exits:
+            contrast = wanted.exit_contrastive_weight
+            if contrast is None:
+                contrast = 0.05 if config.exit_head == "attention" else 0.0
+            stage = f"{EXITS}-{settings_key(wanted, OF_EXITS)}"
+            found[stage] = self._stage_training(
+                stage,
+                Phase(wanted.exit_epochs, wanted.exit_learning_rate),
+                trained_parts=EXITS,
+                exit_contrastive_weight=contrast,
+                exit_contrastive_temperature=wanted.exit_contrastive_temperature,
+            )
+        return found
+
+    def _stage_training(
+        self, stage: str, phase: Phase, best_by: str | None = None, **settings: Any
+    ) -> CostEffTrainingArguments:
+        return self._training_arguments(
+            CostEffTrainingArguments,
+            stage,
+            phase,
+            batch_size=self.arguments.batch_size,
+            best_by=best_by,
+            representation_weight=0.0,  # a layer that is skipped cannot be like the teacher's
+            **settings,
+        )
 
     def run(self) -> LayerSkippingResult:
         """Go through the stages that are not done yet, then calibrate and report."""
-        stages = [Stage.of_model("backbone", self._train_backbone)]
-        if self.trains_exits:
-            name = f"exits-{settings_key(self.arguments, OF_EXITS)}"
-            stages.append(Stage.of_model(name, partial(self._train_exits, name)))
+        stages = [Stage.of_model(name, partial(self._train, name)) for name in self.trainings]
         self._go_through(stages, self._settings())
         return self._report(stages)
 
@@ -263,51 +317,11 @@ class LayerSkipping(StagedRun):
             "max_length": self.data.max_length,
         }
 
-    def _train_backbone(self) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The checkpoint that skips and answers best is kept; with a target, among those that come near it."""
-        wanted = self.arguments
-        gated = self.start.config.skip_gates is not None
-        return self._train(
-            "backbone",
-            self._prepared(self.start),
-            Phase(wanted.epochs, wanted.learning_rate),
-            best_by=self.metric if wanted.target_layers is None else f"{self.metric}_on_target",
-            trained_parts=BACKBONE,
-            skip_weight=wanted.skip_weight if gated else 0.0,
-            target_layers=wanted.target_layers,
-            hard_gate_ratio=wanted.hard_gate_ratio,
-            contrastive_weight=wanted.contrastive_weight,
-            contrastive_temperature=wanted.contrastive_temperature,
-        )
-
-    def _train_exits(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-        wanted, model = self.arguments, self._load("backbone")
-        contrast = wanted.exit_contrastive_weight
-        if contrast is None:
-            contrast = 0.05 if model.config.exit_head == "attention" else 0.0
-        return self._train(
-            stage,
-            model,
-            Phase(wanted.exit_epochs, wanted.exit_learning_rate),
-            trained_parts=EXITS,
-            exit_contrastive_weight=contrast,
-            exit_contrastive_temperature=wanted.exit_contrastive_temperature,
-        )
-
-    def _train(
-        self, stage: str, model: PreTrainedModel, phase: Phase, best_by: str | None = None, **settings: Any
-    ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        if not phase.steps(len(self.data.train), self.arguments.batch_size):
+    def _train(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        model = self._prepared(self.start) if stage == BACKBONE else self._load(BACKBONE)
+        arguments = self.trainings[stage]
+        if not arguments.max_steps:
             return model, {"steps": 0}
-        arguments = self._training_arguments(
-            CostEffTrainingArguments,
-            stage,
-            phase,
-            batch_size=self.arguments.batch_size,
-            best_by=best_by,
-            representation_weight=0.0,  # a layer that is skipped cannot be like the teacher's
-            **settings,
-        )
         return self._train_multi_exit(model, arguments, self.teacher)
 
     # The report
@@ -336,7 +350,6 @@ class LayerSkipping(StagedRun):
             each.set_attn_implementation("sdpa")
         settings = None
         if self.trains_exits:
-            goals = {name: getattr(self.arguments, name) for name in GOALS}
             settings = calibrate(
                 model,
                 self.data.calibration,
@@ -344,7 +357,7 @@ class LayerSkipping(StagedRun):
                 metric=self.metric,
                 fit_temperatures=False,
                 trained_keys=self.train_keys,
-                **goals,
+                **self._goals(),
             )
         contenders = self._contenders(model, settings)
         records = contenders[-1].records

@@ -27,7 +27,7 @@ from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
 from .evaluation import row_keys
 from .metrics import check_metric, default_metric
 from .recipes import Phase
-from .stages import StageStore
+from .stages import StageStore, working_dir
 from .trainer import CostEffTrainer, ResumableTrainer
 from .training_args import CostEffTrainingArguments
 
@@ -128,10 +128,13 @@ class StagedRun:
     def _training_arguments(
         self, kind: type[Arguments], stage: str, phase: Phase, *, batch_size: int, best_by: str | None, **extra: Any
     ) -> Arguments:
-        """What a stage trains with, see [`stage_arguments`]; its checkpoints lie in its working folder."""
+        """What a stage trains with, see [`stage_arguments`]; its checkpoints lie in its working folder.
+
+        A recipe may ask before the run's folder is opened, so that what cannot work is known early.
+        """
         return stage_arguments(
             kind,
-            str(self.store.working_dir(stage)),
+            str(working_dir(self.output_dir, stage)),
             phase,
             len(self.data.train),
             batch_size=batch_size,

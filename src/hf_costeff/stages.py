@@ -48,7 +48,7 @@ class StageStore:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         for finished in self.folder.glob(f"*/{RECORD_FILE}"):  # what a kill just after a rename left behind
-            shutil.rmtree(self.folder / f"{finished.parent.name}.working", ignore_errors=True)
+            shutil.rmtree(working_dir(output_dir, finished.parent.name), ignore_errors=True)
         if not run_file.exists():
             draft = run_file.with_suffix(".draft")
             draft.write_text(json.dumps(wanted, indent=1))
@@ -83,7 +83,7 @@ class StageStore:
 
     def working_dir(self, name: str) -> Path:
         """Where an unfinished stage keeps its checkpoints; made if it is not there."""
-        path = self.folder / f"{name}.working"
+        path = working_dir(self.output_dir, name)
         path.mkdir(exist_ok=True)
         return path
 
@@ -106,7 +106,7 @@ class StageStore:
         (draft / RECORD_FILE).write_text(json.dumps(record, indent=1))
         write_checksums(draft)
         draft.rename(self.folder / name)
-        shutil.rmtree(self.folder / f"{name}.working", ignore_errors=True)
+        shutil.rmtree(working_dir(self.output_dir, name), ignore_errors=True)
 
     def record(self, name: str) -> dict[str, Any]:
         """What a finished stage wrote down."""
@@ -125,6 +125,16 @@ class StageStore:
                 "those of the stages after it, and run the same command again; the stages before it are kept."
             )
         return path
+
+
+def working_dir(output_dir: str | Path, name: str) -> Path:
+    """Where an unfinished stage of a run keeps its checkpoints, whether there is a run yet or not.
+
+    Args:
+        output_dir: The run's folder.
+        name: The stage.
+    """
+    return Path(output_dir) / STAGES / f"{name}.working"
 
 
 def train_keys(model_path: str | Path) -> set[int] | None:

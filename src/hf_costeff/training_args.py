@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -51,8 +52,8 @@ class CostEffTrainingArguments(TrainingArguments):
         exit_contrastive_temperature: Divisor of the cosines in that, above 0.
 
     Raises:
-        ValueError: For a weight below 0, a ratio, rate or margin outside 0..1, a temperature or target that is not
-            above 0, or unknown parts.
+        ValueError: For a weight that is below 0 or infinite, a ratio, rate or margin outside 0..1, a temperature that
+            is not above 0 or infinite, or unknown parts.
     """
 
     task_weight: float | None = field(default=None, metadata={"help": "Weight of the true labels at all exits."})
@@ -94,17 +95,18 @@ class CostEffTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name in WEIGHTS:
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"`{name}` is {value}. A loss weight must be 0 or more.")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` is {value}. A loss weight must be 0 or more, and finite.")
         for name in ("representation_only_ratio", "token_replacement_rate", "difficulty_margin", "hard_gate_ratio"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"`{name}` is {value}. It must lie in 0..1.")
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` is {self.temperature}. It must be above 0; 1 changes nothing.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` is {self.temperature}. It must be above 0 and finite; 1 changes nothing.")
         for name in ("contrastive_temperature", "exit_contrastive_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0; the paper's are about 0.5.")
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"`{name}` is {value}. It must be above 0 and finite; the paper's are about 0.5.")
         for name, known in (("trained_parts", TRAINED_PARTS), ("soft_label_exit", SOFT_LABEL_EXITS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. It must be one of {', '.join(known)}.")
