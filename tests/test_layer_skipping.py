@@ -65,9 +65,10 @@ def test_a_stock_classifier_becomes_one_that_skips_and_leaves(models, tmp_path):
         "skipping and early exit",
     ]
     assert report["rows"][2]["flops_per_row"] < report["rows"][1]["flops_per_row"]
-    assert report["skipping"]["layers_run"] == result.skipping.layers_run
+    assert report["skipping"]["layers_run_by_flops"] == result.skipping.layers_run_by_flops
     summary = (result.model_path / "SUMMARY.md").read_text()
-    assert "Asked for: 2 layers." in summary and str(tmp_path) not in json.dumps(report) + summary
+    assert f"Asked for: 2 layers. Reached: {result.skipping.layers_run_by_flops:.2f}, each" in summary
+    assert str(tmp_path) not in json.dumps(report) + summary
     assert (result.model_path / "pareto.png").exists() and (result.model_path / "skipping.png").exists()
     card = (result.model_path / "README.md").read_text()
     assert result.skipping.describe() in card and f"{result.rows[-1].metrics[result.metric]:.4f}" in card

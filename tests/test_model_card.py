@@ -267,6 +267,7 @@ def skipping_report(gated: bool = True, **changes) -> dict:
     shares = {
         "rows": 40,
         "layers_run": 2.5,
+        "layers_run_by_flops": 2.5,
         "shares": [0.5, 0.5, 0.5, 0.0],
         "class_shares": {},
         "paths": {"1 4": 0.75, "4": 0.25},

@@ -11,6 +11,8 @@ from hf_costeff.exit_replay import ExitLogits
 from hf_costeff.exit_report import write_exit_report
 from hf_costeff.skip_diagnostics import diagnose_skipping
 
+COSTS = [4 * cost / 8088 for cost in (2672, 168, 1216, 4032)]
+"""Multiplications per token in each layer of the tiny model over their mean: matrices, and attention over 128."""
 SKIPPED = [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]
 
 
@@ -34,7 +36,11 @@ def test_layers_classes_and_paths_are_counted():
     assert found.class_shares["dull"] == pytest.approx([0, 1 / 2, 0, 0])
     assert found.class_shares["bright"] == pytest.approx([1 / 3, 1, 1 / 3, 1 / 3])
     assert next(iter(found.paths.items())) == ("1 3 4", 3 / 5) and found.paths["1 2 3 4"] == found.paths[""] == 1 / 5
-    assert "2.60 of 4 layers" in found.describe() and "3 different paths; 60%" in found.describe()
+    assert found.layers_run_by_flops == pytest.approx(sum(0.8 * cost for cost in COSTS) - 0.6 * COSTS[1])
+    assert (
+        "2.60 of 4 layers on average, 3.15 counted by their FLOPs" in found.describe()
+        and "3 different paths; 60%" in found.describe()
+    )
 
 
 @pytest.mark.parametrize(

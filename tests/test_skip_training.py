@@ -274,14 +274,19 @@ def test_gates_learn_alike_however_a_batch_is_split(settings, tmp_path):
             torch.testing.assert_close(found[size][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def decided(model, rows) -> float:
-    """Layers that a row runs on average in evaluation."""
-    batch = batch_of(rows)
-    return sum(float((layer < 0.5).float().mean()) for layer in model(**batch).skip_probabilities)
+SIZES = [4 * 12 * 8 + 2 * 12 * 10, 2 * 12 * 7, 4 * 12 * 4, 4 * 12 * 12 + 2 * 12 * 16]
+COSTS = [matrices + 2 * 128 * width for matrices, width in zip(SIZES, (8, 0, 4, 12), strict=True)]
+"""Multiplications per token of the tiny model's layers: matrices, and attention over 128 tokens."""
 
 
-@pytest.mark.parametrize("target", [1.0, 2.5, 3.5])
-def test_a_budget_is_reached_from_both_sides(target, tmp_path):
+def decided(model, rows, costs=(1, 1, 1, 1)) -> float:
+    """Layers that a row runs on average in evaluation, in units of the mean cost."""
+    run = [float((layer < 0.5).float().mean()) for layer in model(**batch_of(rows)).skip_probabilities]
+    return sum(share * cost for share, cost in zip(run, costs, strict=True)) / (sum(costs) / 4)
+
+
+@pytest.mark.parametrize("target", [1.5, 2.5, 3.5])
+def test_a_budget_in_flops_is_reached_from_both_sides(target, tmp_path):
     for bias in (-1.0, 1.0):
         model, rows = tiny_model(**GATED), token_rows(64)
         for gate in model.costeff.gates:
@@ -289,10 +294,26 @@ def test_a_budget_is_reached_from_both_sides(target, tmp_path):
         settings = {"max_steps": 120, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
         trainer = make_trainer(tmp_path, model, rows=rows, target_layers=target, trained_parts="backbone", **settings)
         trainer.train()
-        assert decided(model.eval(), rows) == pytest.approx(target, abs=0.3)
-        logged = [entry["layers_run"] for entry in trainer.state.log_history if "layers_run" in entry]
+        assert decided(model.eval(), rows, COSTS) == pytest.approx(target, abs=0.3)
+        logged = [entry["layers_run_by_flops"] for entry in trainer.state.log_history if "layers_run" in entry]
         assert sum(logged[-10:]) / 10 == pytest.approx(target, abs=0.3)
         assert {"skip_loss", "skip_weight"} <= trainer.state.log_history[0].keys()
+
+
+def test_layers_that_cost_nothing_do_not_meet_a_budget(tmp_path):
+    """Rows run the two layers that have any width, which is all there is to save."""
+    rows, target = token_rows(16), {"target_layers": 2.0, "trained_parts": "backbone"}
+    model = tiny_model(**GATED, num_attention_heads=[3, 0, 0, 3], intermediate_size=[8, 0, 0, 8])
+    for layer, gate in enumerate(model.costeff.gates):
+        torch.nn.init.zeros_(gate.decision.weight)
+        torch.nn.init.constant_(gate.decision.bias, 3.0 if layer in (1, 2) else -3.0)
+    trainer = make_trainer(tmp_path, model, rows=rows, max_steps=1, **target)
+    metrics = trainer.evaluate()
+    assert (metrics["eval_layers_run"], metrics["eval_layers_run_by_flops"]) == (2, 4)
+    assert metrics["eval_accuracy_on_target"] == pytest.approx(metrics["eval_accuracy"] - 10 * (4 - 2 - 0.2))
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert (logged["layers_run"], logged["layers_run_by_flops"]) == (2, 4) and logged["skip_weight"] > 0
 
 
 def test_every_row_skipping_every_layer_is_said_and_a_budget_recovers_from_it(tmp_path, monkeypatch):
@@ -307,7 +328,7 @@ def test_every_row_skipping_every_layer_is_said_and_a_budget_recovers_from_it(tm
     rows = token_rows(64)
     settings = {"max_steps": 200, "per_device_train_batch_size": 16, "learning_rate": 3e-2, "hard_gate_ratio": 1.0}
     make_trainer(tmp_path, model, rows=rows, target_layers=2.0, **settings).train()
-    assert decided(model.eval(), rows) == pytest.approx(2, abs=0.5)
+    assert decided(model.eval(), rows, COSTS) == pytest.approx(2, abs=0.5)
 
 
 def test_evaluation_is_that_of_skipping_alone_and_says_how_many_layers_ran(tmp_path):
@@ -318,9 +339,11 @@ def test_evaluation_is_that_of_skipping_alone_and_says_how_many_layers_ran(tmp_p
     logits = model.predict(batch["input_ids"], batch["attention_mask"], early_exit=False).logits
     right = float((logits.argmax(-1) == batch["labels"]).float().mean())
     assert metrics["eval_accuracy"] == pytest.approx(right)
-    for target, beyond in ((4.5 - 1, 0.0), (1.0, ran - 1.2)):
+    by_flops = decided(model, rows, COSTS)
+    for target, beyond in ((3.5, max(0, by_flops - 3.7)), (1.0, by_flops - 1.2)):
         held = make_trainer(tmp_path, model, target_layers=target).evaluate()
-        assert held["eval_accuracy_on_target"] == pytest.approx(right - 10 * max(0, beyond), abs=1e-5)
+        assert held["eval_accuracy_on_target"] == pytest.approx(right - 10 * beyond, abs=1e-5)
+        assert held["eval_layers_run_by_flops"] == pytest.approx(by_flops)
     assert not [name for name in make_trainer(tmp_path, tiny_model()).evaluate() if "layers_run" in name]
 
 
@@ -334,7 +357,9 @@ def test_evaluation_is_that_of_skipping_alone_and_says_how_many_layers_ran(tmp_p
         (GATED, {"target_layers": 0.0}, "above 0 and below 4"),
         (GATED, {"target_layers": -1.0}, "above 0 and below 4"),
         ({**ATTENTION, "gate_size": 8}, {"target_layers": 3.9}, "no more than the gates themselves cost. It must be"),
-        ({**ATTENTION, "gate_size": 512}, {"target_layers": 1.0}, "cost more than all layers together"),
+        ({**ATTENTION, "gate_size": 512}, {"target_layers": 1.0}, "cost no less than all layers together"),
+        ({**ATTENTION, "gate_size": 16}, {"target_layers": 2.0}, "layers 2 cost no more than their gates"),
+        ({**ATTENTION, "gate_size": 16}, {"target_layers": 3.5}, "must be below 3.47"),
         (GATED, {"exit_contrastive_weight": 0.1}, "exit_head='attention'"),
         (ATTENTION, {"exit_contrastive_weight": 0.1, "trained_parts": "backbone"}, "one learns"),
         (ATTENTION, {"contrastive_weight": 0.1, "trained_parts": "exits"}, "do not learn"),

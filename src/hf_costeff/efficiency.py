@@ -137,6 +137,26 @@ def layer_flops(config: CostEffConfig, layer: int, seq_length: int) -> int:
     return FLOPS_PER_MAC * seq_length * (multiplied + 2 * seq_length * width)
 
 
+def relative_layer_flops(config: CostEffConfig) -> list[float]:
+    """FLOPs of each layer over those of the mean layer, on a row of 128 tokens: what it counts in a budget of layers.
+
+    Args:
+        config: Sizes.
+
+    Returns:
+        One number per layer, whose mean is 1; all of them 1 where layers are alike.
+
+    Example: the middle one of three layers has neither heads nor neurons.
+
+        >>> sizes = dict(hidden_size=4, attention_head_size=2, num_hidden_layers=3)
+        >>> relative_layer_flops(CostEffConfig(num_attention_heads=[1, 0, 1], intermediate_size=[8, 0, 8], **sizes))
+        [1.5, 0.0, 1.5]
+    """
+    layers = config.num_hidden_layers
+    costs = [layer_flops(config, layer, PAPER_SEQ_LENGTH) for layer in range(1, layers + 1)]
+    return [cost * layers / sum(costs) if sum(costs) else 1.0 for cost in costs]
+
+
 def exit_head_flops(config: CostEffConfig, seq_length: int) -> int:
     """FLOPs of one row in one exit head: one vector through the classifier; pooling adds no multiplications.
 

@@ -71,7 +71,10 @@ class LayerSkippingArguments:
     exit_pooling: str = field(default="mean", metadata={"help": "What linear gates and heads look at: cls or mean."})
     exit_layers: list[int] | None = field(default=None, metadata={"help": "Layers with an exit. Default: all."})
     target_layers: float | None = field(
-        default=None, metadata={"help": "Layers that a row shall run on average. Default: what `skip_weight` gives."}
+        default=None,
+        metadata={
+            "help": "Layers that a row shall run on average, counted by FLOPs. Default: what `skip_weight` gives."
+        },
     )
     skip_weight: float = field(default=0.04, metadata={"help": "Weight of the incentive to skip; 0 for none."})
     hard_gate_ratio: float = field(
@@ -130,7 +133,7 @@ class LayerSkippingResult:
         rows: Report lines on validation: what was given, if it could answer; all layers; skipping; with early exit.
         metric: The metric that choices were made by.
         skipping: What the gates do on validation; `None` without gates.
-        target_layers: Layers that a row was to run; `None` if none were named.
+        target_layers: Layers that a row was to run, counted by FLOPs; `None` if none were named.
     """
 
     model_path: Path
@@ -155,7 +158,8 @@ class LayerSkippingResult:
         if self.skipping is not None:
             lines.append(self.skipping.describe())
             if self.target_layers is not None:
-                lines.append(f"Asked for: {self.target_layers:g} layers. Reached: {self.skipping.layers_run:.2f}.")
+                reached = f"{self.skipping.layers_run_by_flops:.2f}, each layer counted by its FLOPs"
+                lines.append(f"Asked for: {self.target_layers:g} layers. Reached: {reached}.")
         return "\n".join(lines) + f"\n\n{format_table(self.rows, self.metric)}"
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .configuration_costeff import CostEffConfig
+from .efficiency import relative_layer_flops
 from .exit_criteria import SINGLE_LABEL
 from .exit_replay import ExitLogits
 
@@ -20,6 +21,7 @@ class SkipDiagnostics:
     Args:
         rows: How many were looked at.
         layers_run: By a row, on average.
+        layers_run_by_flops: The same with each layer counted by its FLOPs over those of the mean layer, as a target is.
         shares: Share of the rows that skip each layer, shape (layers,).
         class_shares: The same of every class that has rows; empty unless every row has one known class.
         paths: Share of the rows by the layers that they run, joined by spaces, the commonest path first.
@@ -27,6 +29,7 @@ class SkipDiagnostics:
 
     rows: int
     layers_run: float
+    layers_run_by_flops: float
     shares: list[float]
     class_shares: dict[str, list[float]]
     paths: Mapping[str, float]
@@ -34,7 +37,9 @@ class SkipDiagnostics:
     def describe(self) -> str:
         """In words: how many layers, and whether that depends on the row."""
         path, share = next(iter(self.paths.items()))
-        ran = f"A row runs {self.layers_run:.2f} of {len(self.shares)} layers on average."
+        run, by_flops = f"{self.layers_run:.2f}", f"{self.layers_run_by_flops:.2f}"
+        counted = "" if run == by_flops else f", {by_flops} counted by their FLOPs"
+        ran = f"A row runs {run} of {len(self.shares)} layers on average{counted}."
         if self.layers_run == 0:
             return f"{ran} Every row skips every layer, so the answer does not depend on the encoder. {COLLAPSED}"
         if self.layers_run == len(self.shares):
@@ -77,6 +82,7 @@ def diagnose_skipping(records: ExitLogits, config: CostEffConfig) -> SkipDiagnos
     if records.skipped is None:
         return None
     skipped = records.skipped.numpy()
+    shares = skipped.mean(axis=0)
     paths = Counter(" ".join(map(str, 1 + np.flatnonzero(~row))) for row in skipped)
     classes = {}
     if config.resolved_problem_type == SINGLE_LABEL and records.labels is not None:
@@ -85,8 +91,9 @@ def diagnose_skipping(records: ExitLogits, config: CostEffConfig) -> SkipDiagnos
             classes[str(config.id2label[label])] = skipped[labels == label].mean(axis=0).tolist()
     return SkipDiagnostics(
         rows=len(skipped),
-        layers_run=float((~skipped).sum(axis=1).mean()),
-        shares=skipped.mean(axis=0).tolist(),
+        layers_run=float((1 - shares).sum()),
+        layers_run_by_flops=float((1 - shares) @ np.array(relative_layer_flops(config))),
+        shares=shares.tolist(),
         class_shares=classes,
         paths={path: count / len(skipped) for path, count in paths.most_common()},
     )

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .block_training import Regularizer
 from .configuration_costeff import CostEffConfig
-from .efficiency import PAPER_SEQ_LENGTH, gate_flops, layer_flops
+from .efficiency import PAPER_SEQ_LENGTH, gate_flops, layer_flops, relative_layer_flops
 from .losses import cross_layer_contrastive_loss, skip_loss
 from .modeling_costeff import CostEffForSequenceClassification
 from .skip_diagnostics import COLLAPSED
@@ -95,31 +95,33 @@ def check_target_layers(target: float, config: CostEffConfig) -> None:
     """Refuse a budget that skipping cannot reach, or that saves less than the gates cost.
 
     Args:
-        target: Layers that a row shall run on average.
+        target: Layers that a row shall run on average, each counted by its FLOPs.
         config: Of a model with gates.
 
     Raises:
-        ValueError: With the largest target that saves anything.
+        ValueError: With the largest target that saves anything; or naming layers that cost no more than an attention
+            gate, where a linear one would cost less.
     """
-    layers = config.num_hidden_layers
-    costs = sorted((layer_flops(config, layer, PAPER_SEQ_LENGTH) for layer in range(1, layers + 1)), reverse=True)
-    gates = layers * gate_flops(config, PAPER_SEQ_LENGTH)
+    layers, gate = config.num_hidden_layers, gate_flops(config, PAPER_SEQ_LENGTH)
+    costs = [layer_flops(config, layer, PAPER_SEQ_LENGTH) for layer in range(1, layers + 1)]
     if not 0 < target < layers:
         raise ValueError(
             f"`target_layers` is {target:g}. It must lie above 0 and below {layers}, the number of layers."
         )
-    needed, saved = 0.0, 0
-    for cost in costs:  # the dearest first: the least that has to be skipped
-        if saved + cost >= gates:
-            needed += (gates - saved) / cost if cost else 0
-            break
-        needed, saved = needed + 1, saved + cost
-    else:
-        raise ValueError("The gates cost more than all layers together, so no `target_layers` saves anything.")
-    if layers - target <= needed:
+    if layers * gate >= sum(costs):
+        raise ValueError("The gates cost no less than all layers together, so no `target_layers` saves anything.")
+    lighter = "or take a lighter gate: add_skip_gates(model, 'linear')."
+    largest = layers * (1 - layers * gate / sum(costs))
+    if target >= largest:
         raise ValueError(
             f"`target_layers` is {target:g}, which saves no more than the gates themselves cost. It must be below "
-            f"{layers - needed:.2f} here, or take a lighter gate: add_skip_gates(model, 'linear')."
+            f"{largest:.2f} here, {lighter}"
+        )
+    dear = [layer for layer, cost in enumerate(costs, start=1) if cost <= gate]
+    if dear and config.skip_gates != "linear":
+        raise ValueError(
+            f"`target_layers` is {target:g}, and layers {', '.join(map(str, dear))} cost no more than their gates, so "
+            f"skipping them saves nothing. Leave it out, {lighter}"
         )
 
 
@@ -219,10 +221,11 @@ class SkipIncentive(Regularizer):
     """The incentive to skip, and with a target the weight that reaches it.
 
     The error is (layers run - target) / layers as the gates decide at their threshold on a step's rows, whether weights
-    are soft or hard. The next step pushes every gate with `GAIN` times the error plus a lasting push, which grows by
+    are soft or hard. The next step pushes the gates with `GAIN` times the error plus a lasting push, which grows by
     `RATE` times the error to 1 at most, and is halved when the error changes its side, so that it does not carry gates
-    past the target. The weight is what makes the incentive push so hard. Unlike the paper, whose weight is fixed and
-    found by trial.
+    past the target. Each layer is counted, and its gate pushed, by its FLOPs over those of the mean layer: else a
+    target would be met by skipping what costs least. The weight is what makes the incentive push so hard. Unlike the
+    paper, whose weight is fixed and found by trial.
 
     Args:
         args: Of the training.
@@ -236,12 +239,13 @@ class SkipIncentive(Regularizer):
         self.learns = config.skip_gates is not None and args.trained_parts != EXITS
         self.num_layers, self.threshold = config.num_hidden_layers, config.skip_threshold
         self.target = args.target_layers
+        self.counts = [1.0] * self.num_layers if self.target is None else relative_layer_flops(config)
         self.weight = args.skip_weight
         self.weights = {"skip_loss": self.weight} if self.learns else {}
         self.lasting = 0.0
         self.around = self.num_layers / 2  # fresh gates stand near one half
         self._counted: Tensor | None = None
-        self._layers_run: list[float] = []
+        self._layers_run: list[tuple[float, float]] = []
 
     def parts(self, outputs: Any) -> dict[str, Tensor]:
         """The loss part, of a training batch, whose decisions are counted. Its slope is that of the step before.
@@ -252,10 +256,12 @@ class SkipIncentive(Regularizer):
         if not self.learns:
             return {}
         chances = torch.stack(outputs.skip_probabilities).detach().float()  # (layers, batch)
-        run = (chances < self.threshold).sum()
-        counted = torch.stack([chances.new_tensor(chances.shape[1]), run.float(), chances.sum()])
+        run, counts = (chances < self.threshold).float().sum(dim=1), chances.new_tensor(self.counts)
+        rows = chances.new_tensor(chances.shape[1])
+        counted = torch.stack([rows, run.sum(), run @ counts, chances.sum(dim=1) @ counts])
         self._counted = counted if self._counted is None else self._counted + counted
-        return {"skip_loss": skip_loss(outputs.skip_probabilities, self.around)}
+        weighed = [each * count for each, count in zip(outputs.skip_probabilities, self.counts, strict=True)]
+        return {"skip_loss": skip_loss(weighed, self.around)}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -264,25 +270,28 @@ class SkipIncentive(Regularizer):
         if self._counted is None:
             return
         counted = reduce(self._counted, "sum") if args.world_size > 1 else self._counted
-        rows, run, chances = counted.tolist()
+        rows, run, by_flops, chances = counted.tolist()
         self._counted = None
         self.around = chances / rows
-        self._layers_run.append(run / rows)
+        self._layers_run.append((run / rows, by_flops / rows))
         if self.target is not None:
-            error = (run / rows - self.target) / self.num_layers
+            error = (by_flops / rows - self.target) / self.num_layers
             before = self.lasting / 2 if error * self.lasting < 0 else self.lasting
             self.lasting = max(-1.0, min(1.0, before + self.RATE * error))
             self.weight = (self.GAIN * error + self.lasting) * self.around**2
 
     def logs(self) -> dict[str, float]:
-        """Layers that a row ran on average since the last log, and the weight if it is adapted."""
+        """Layers that a row ran on average since the last log; with a target also by FLOPs, and the weight."""
         if not self._layers_run:
             return {}
-        run = sum(self._layers_run) / len(self._layers_run)
+        run, by_flops = (sum(counts) / len(counts) for counts in zip(*self._layers_run, strict=True))
         self._layers_run = []
         if run == 0:
             logger.warning(f"Every row now skips every layer. {COLLAPSED}")
-        return {"layers_run": round(run, 4)} | ({} if self.target is None else {"skip_weight": round(self.weight, 4)})
+        found = {"layers_run": round(run, 4)}
+        if self.target is not None:
+            found |= {"layers_run_by_flops": round(by_flops, 4), "skip_weight": round(self.weight, 4)}
+        return found
 
     def save(self, folder: str | Path) -> None:
         """Write what the next step starts from."""

@@ -25,7 +25,7 @@ from .block_training import Regularizer
 from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig, label_names, problem_type_of
 from .difficulty import HARD, check_hard_rows, difficulty_part
-from .efficiency import count_parameters
+from .efficiency import count_parameters, relative_layer_flops
 from .exit_criteria import MULTI_LABEL, REGRESSION
 from .hub import CARD, is_written_by_hand, push_folder
 from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
@@ -230,8 +230,9 @@ class CostEffTrainer(ResumableTrainer):
 
     A model with skip gates is trained with soft, then with hard weights, and evaluated as it will predict: `layers_run`
     is what a row runs on average at full depth, and `eval_<metric>` thus the metric with skipping alone. With
-    `target_layers` there is also `eval_<metric>_on_target`, the metric less 10 for every layer that a row runs beyond
-    the target and a twentieth of the depth, to keep a checkpoint by.
+    `target_layers` there are also `layers_run_by_flops`, which counts each layer by its FLOPs, and
+    `eval_<metric>_on_target`, the metric less 10 for every such layer beyond the target and a twentieth of the depth,
+    to keep a checkpoint by.
 
     Checkpoints carry checksums: `train(resume_from_checkpoint=True)` takes the newest one that is whole.
 
@@ -519,12 +520,15 @@ class CostEffTrainer(ResumableTrainer):
 
     def _skip_metrics(self, metrics: dict[str, float], chances: Tensor) -> dict[str, float]:
         """Layers run by probabilities of skipping, shape (rows, layers), and metrics of the last exit on the target."""
-        layers, target = chances.shape[1], self.args.target_layers
-        run = float((chances < self.model.config.skip_threshold).sum(dim=1).float().mean())
-        if target is None:
-            return {"layers_run": run}
-        beyond = max(0.0, run - target - layers / 20)
-        return {"layers_run": run, **{f"{name}_on_target": value - 10 * beyond for name, value in metrics.items()}}
+        config, target = self.model.config, self.args.target_layers
+        shares = (chances < config.skip_threshold).float().mean(dim=0)
+        found = {"layers_run": float(shares.sum())}
+        if target is not None:
+            by_flops = float(shares @ torch.tensor(relative_layer_flops(config)))
+            beyond = max(0.0, by_flops - target - config.num_hidden_layers / 20)
+            found["layers_run_by_flops"] = by_flops
+            found |= {f"{name}_on_target": value - 10 * beyond for name, value in metrics.items()}
+        return found
 
     def _default_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
         return default_metrics(evaluation.predictions, evaluation.label_ids, self.model.config.resolved_problem_type)

@@ -42,7 +42,8 @@ class CostEffTrainingArguments(TrainingArguments):
             inference, and not by their probabilities; in 0..1. With `trained_parts="exits"` they always do.
         skip_weight: Weight of the incentive to skip, see [`hf_costeff.losses.skip_loss`]; with `target_layers` that of
             the first step alone.
-        target_layers: Layers that a row shall run on average. The weight of the incentive is adapted after every step
+        target_layers: Layers that a row shall run on average, each counted by its FLOPs over those of the mean layer,
+            see [`hf_costeff.efficiency.relative_layer_flops`]. The weight of the incentive is adapted after every step
             by what the gates decide on its rows, also to below 0, which holds skipping back. `None` leaves it.
         contrastive_weight: Weight of the contrast between adjacent layers' tokens, see
             [`hf_costeff.losses.cross_layer_contrastive_loss`]. The paper's eta is this / (1 + this).
@@ -84,7 +85,8 @@ class CostEffTrainingArguments(TrainingArguments):
     )
     skip_weight: float = field(default=0.0, metadata={"help": "Weight of the incentive to skip layers."})
     target_layers: float | None = field(
-        default=None, metadata={"help": "Layers that a row shall run on average; adapts the weight above."}
+        default=None,
+        metadata={"help": "Layers that a row shall run on average, counted by FLOPs; adapts the weight above."},
     )
     contrastive_weight: float = field(default=0.0, metadata={"help": "Weight of the contrast between layers."})
     contrastive_temperature: float = field(default=0.5, metadata={"help": "Divisor of the cosines in it."})
