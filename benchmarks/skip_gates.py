@@ -245,7 +245,7 @@ def main() -> None:
         "--targets", type=float, nargs="*", default=[], help="Layers; none: the incentive's own weight."
     )
     parser.add_argument("--gates", default="attention", choices=SKIP_GATES)
-    parser.add_argument("--exit_head", default="attention", help="Of the ungated model, whose heads the others keep.")
+    parser.add_argument("--exit_head", help="Of the ungated model, whose heads others keep. Default: attention.")
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--exit_epochs", type=float, default=4.0)
     parser.add_argument("--learning_rate", type=float, default=5e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -327,6 +328,15 @@ def test_the_table_gives_every_ratio_against_the_first_line():
         *("slim", "0.8100", "90.0%", "1.00M", "8.00x", "0.2M", "20.00x", "3.50", "0.500", "4.00x", "2.50", "4.00x")
     ]
     assert "100.0%" in table[2] and "1.00x" in table[2]
+
+
+def test_the_table_tells_layers_run_where_any_are_skipped():
+    lines = [line("whole", 0.9, 1, 4e6, 2.0, 10.0), line("skipping", 0.9, 1, 2e6, 2.0, 10.0)]
+    assert "layers run" not in format_table(lines, "accuracy")
+    lines[1] = dataclasses.replace(lines[1], layers_run=1.25)
+    header, _, whole, skipping = (row.split("|") for row in format_table(lines, "accuracy").splitlines())
+    assert [cells[9].strip() for cells in (header, whole, skipping)] == ["layers run", "3.50", "1.25"]
+    assert len(header) == len(whole) == len(skipping)
 
 
 def test_a_teacher_with_metric_zero_has_no_share_to_give():

@@ -46,6 +46,10 @@ def stop_at(kind, patched):
     patched.setattr(layer_skipping.LayerSkipping, "_train", killed)
 
 
+def told(result):
+    return json.loads((result.model_path / "layer_skipping.json").read_text())
+
+
 def stages(folder):
     return {path.name.split("-")[0] for path in (folder / "stages").iterdir() if path.is_dir()}
 
@@ -57,7 +61,7 @@ def test_a_stock_classifier_becomes_one_that_skips_and_leaves(models, tmp_path):
     assert config.skip_gates == "linear" and config.exit_head == "attention" and config.exit_config is not None
     answer = model.predict(torch.randint(4, 20, (5, 7)), early_exit=True)
     assert answer.skipped_layers.shape == (5, 4)
-    report = json.loads((result.model_path / "layer_skipping.json").read_text())
+    report = told(result)
     assert [row["name"] for row in report["rows"]] == [
         "model as given",
         "all layers",
@@ -66,7 +70,11 @@ def test_a_stock_classifier_becomes_one_that_skips_and_leaves(models, tmp_path):
     ]
     assert report["rows"][2]["flops_per_row"] < report["rows"][1]["flops_per_row"]
     assert report["skipping"]["layers_run_by_flops"] == result.skipping.layers_run_by_flops
+    given, whole, skipping, leaving = result.rows
+    assert given.layers_run is whole.layers_run is None and skipping.mean_exit_layer == 4
+    assert leaving.layers_run <= skipping.layers_run == pytest.approx(result.skipping.layers_run)
     summary = (result.model_path / "SUMMARY.md").read_text()
+    assert "mean exit layer | layers run |" in summary and "teacher" not in summary
     assert f"Asked for: 2 layers. Reached: {result.skipping.layers_run_by_flops:.2f}, each" in summary
     assert str(tmp_path) not in json.dumps(report) + summary
     assert (result.model_path / "pareto.png").exists() and (result.model_path / "skipping.png").exists()
@@ -74,7 +82,7 @@ def test_a_stock_classifier_becomes_one_that_skips_and_leaves(models, tmp_path):
     assert result.skipping.describe() in card and f"{result.rows[-1].metrics[result.metric]:.4f}" in card
     assert not [name for name in model.state_dict() if "contrast" in name]
     assert drop_exit_figures(result.model_path) is True
-    report = json.loads((result.model_path / "layer_skipping.json").read_text())
+    report = told(result)
     assert [row["name"] for row in report["rows"]] == ["model as given", "all layers", "skipping"]
     assert report["curve"] == [] == report["classes"] and not (result.model_path / "SUMMARY.md").exists()
     assert (result.model_path / "skipping.png").exists()  # speaks of full depth
@@ -91,8 +99,11 @@ def test_a_slim_model_keeps_its_exits_and_gets_a_light_gate(models, tmp_path):
     result = skip(models, tmp_path / "out", model="slim", gates=None)
     config = AutoModelForSequenceClassification.from_pretrained(result.model_path).config
     assert (config.skip_gates, config.exit_head, config.exit_layers) == ("linear", "linear", [1, 2, 3, 4])
-    again = skip(models, tmp_path / "again", model=str(tmp_path / "out"), gates=None)
+    again = skip(models, tmp_path / "again", model=str(tmp_path / "out"), gates=None, exit_epochs=0)
     assert again.rows[0].name == "model as given" and again.skipping is not None
+    assert told(again)["exits_trained"] is False  # they stand on an encoder that has moved since
+    as_it_is = skip(models, tmp_path / "still", model=str(tmp_path / "out"), gates=None, epochs=0, exit_epochs=0)
+    assert told(as_it_is)["exits_trained"] is True and told(result)["exits_trained"] is True
 
 
 def test_exits_alone_and_skipping_alone_are_settings(models, tmp_path):
@@ -172,6 +183,13 @@ def test_a_run_killed_between_the_phases_goes_on(models, tmp_path, monkeypatch):
         ({"target_layers": 2.0, "gates": "none"}, "`target_layers` needs gates"),
         ({"target_layers": 3.9, "gates": "attention"}, "gates themselves cost"),
         ({"exit_epochs": 0.0, "gates": "none"}, "no row would save anything"),
+        ({"exit_layers": [4], "gates": "none"}, "exits are at \\[4\\], so no row would save anything"),
+        ({"epochs": 0.0}, "`epochs` is 0, and the model as given lacks gates or exits"),
+        ({"epochs": 0.0, "gates": "none"}, "lacks gates or exits"),
+        ({"epochs": 0.0, "model": "slim"}, "lacks gates or exits"),
+        ({"exit_layers": [2, 4], "model": "slim"}, "`exit_layers` is \\[2, 4\\], and a multi-exit model keeps its"),
+        ({"exit_pooling": "cls", "model": "slim"}, "`exit_pooling` is 'cls', and a multi-exit model keeps its"),
+        ({"exit_head": "linear", "model": "slim"}, "`exit_head` is 'linear', and a multi-exit model keeps its"),
         ({"gates": "hard"}, "`gates` is 'hard'. It must be one of none, attention, linear"),
         ({"exit_head": "mlp"}, "`exit_head` is 'mlp'"),
         ({"epochs": -1.0}, "`epochs` is -1.0"),

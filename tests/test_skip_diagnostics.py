@@ -7,7 +7,8 @@ import torch
 
 from helpers import tiny_config
 from hf_costeff.charts import draw_skip_chart
-from hf_costeff.exit_replay import ExitLogits
+from hf_costeff.exit_criteria import ExitConfig
+from hf_costeff.exit_replay import ExitLogits, ExitReplay
 from hf_costeff.exit_report import write_exit_report
 from hf_costeff.skip_diagnostics import diagnose_skipping
 
@@ -41,6 +42,16 @@ def test_layers_classes_and_paths_are_counted():
         "2.60 of 4 layers on average, 3.15 counted by their FLOPs" in found.describe()
         and "3 different paths; 60%" in found.describe()
     )
+
+
+def test_layers_run_are_those_not_skipped_before_the_answer():
+    replay = ExitReplay(records(), config())
+    assert replay.full_depth.mean_layers_run == pytest.approx(13 / 5)
+    leaving = replay.at(ExitConfig("entropy", threshold=0.9))
+    layers = leaving.exit_layer.tolist()
+    assert min(layers) < 4
+    run = [depth - sum(row[:depth]) for row, depth in zip(SKIPPED, layers, strict=True)]
+    assert leaving.mean_layers_run == pytest.approx(sum(run) / 5) and leaving.mean_layers_run < leaving.mean_exit_layer
 
 
 @pytest.mark.parametrize(

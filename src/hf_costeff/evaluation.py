@@ -442,6 +442,7 @@ class ReportRow:
         mean_exit_layer: Mean 1-based layer that answered.
         exit_shares: Share of rows per exit, shallow first.
         ms_per_text: Median milliseconds per text, by batch size.
+        layers_run: Mean layers run before the answer; `None` where that is the mean exit layer, nothing being skipped.
     """
 
     name: str
@@ -452,6 +453,7 @@ class ReportRow:
     mean_exit_layer: float
     exit_shares: list[float]
     ms_per_text: dict[str, float]
+    layers_run: float | None = None
 
 
 def report_rows(
@@ -486,7 +488,7 @@ def _times(contenders: Sequence[Contender], dataset: Dataset, collator: Collator
 
 
 def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, float]) -> ReportRow:
-    model, records = contender.model, contender.records
+    model, records, layers_run = contender.model, contender.records, None
     if isinstance(model, CostEffForSequenceClassification):
         exits = ExitReplay(records, model.config).at(contender.settings)
         logits, flops, exit_layer = exits.logits, exits.mean_flops, exits.mean_exit_layer
@@ -494,6 +496,8 @@ def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, 
         replay = ExitReplay(dataclasses.replace(records, seq_lengths=as_in_papers), model.config)
         flops_at_128 = replay.at(contender.settings).mean_flops
         shares = exits.exit_shares
+        if records.skipped is not None:
+            layers_run = exits.mean_layers_run
     else:
         logits, exit_layer, shares = records.logits[:, 0], float(model.config.num_hidden_layers), [1.0]
         flops = float(np.mean([stock_flops(model.config, int(length)) for length in records.seq_lengths]))
@@ -507,19 +511,27 @@ def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, 
         mean_exit_layer=exit_layer,
         exit_shares=shares,
         ms_per_text=ms_per_text,
+        layers_run=layers_run,
     )
 
 
 def format_table(rows: Sequence[ReportRow], metric: str) -> str:
-    """A Markdown table of report rows, ratios against the first.
+    """A Markdown table of report rows, ratios against the first; layers run are told where any are skipped.
 
     Args:
         rows: The reference first.
         metric: The metric to show.
     """
     reference = rows[0]
-    columns = ["model", metric, "of the teacher", "parameters", "smaller by", "FLOPs, 128 tokens", "fewer by"]
-    columns += ["mean exit layer", "ms per text, batch 32", "faster by", "ms per text, batch 1", "faster by"]
+    skips = any(row.layers_run is not None for row in rows)
+    columns = ["model", metric, "kept", "parameters", "smaller by", "FLOPs, 128 tokens", "fewer by", "mean exit layer"]
+    columns += [
+        *(["layers run"] if skips else []),
+        "ms per text, batch 32",
+        "faster by",
+        "ms per text, batch 1",
+        "faster by",
+    ]
     lines = []
     for row in rows:
         value, base = row.metrics[metric], reference.metrics[metric]
@@ -531,8 +543,9 @@ def format_table(rows: Sequence[ReportRow], metric: str) -> str:
                 *(row.name, f"{value:.4f}", f"{value / base:.1%}" if base else "n/a"),
                 *(f"{parameters / 1e6:.2f}M", f"{reference.parameters / parameters:.2f}x"),
                 *(f"{flops / 1e6:,.1f}M", f"{reference.flops_per_row_at_128 / flops:.2f}x"),
-                *(f"{row.mean_exit_layer:.2f}", f"{big:.3f}", f"{base_big / big:.2f}x"),
-                *(f"{one:.2f}", f"{base_one / one:.2f}x"),
+                f"{row.mean_exit_layer:.2f}",
+                *([f"{row.mean_exit_layer if row.layers_run is None else row.layers_run:.2f}"] if skips else []),
+                *(f"{big:.3f}", f"{base_big / big:.2f}x", f"{one:.2f}", f"{base_one / one:.2f}x"),
             ]
         )
     return markdown_table(columns, lines)

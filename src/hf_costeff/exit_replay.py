@@ -209,6 +209,15 @@ class ReplayedExits:
         return float(self.exit_layer.double().mean())
 
     @cached_property
+    def mean_layers_run(self) -> float:
+        """Mean number of layers that rows run before they leave, skipped ones not counted."""
+        skipped = self.replay.records.skipped
+        if skipped is None:
+            return self.mean_exit_layer
+        run = (~skipped).cumsum(1).gather(1, self.exit_layer.unsqueeze(1) - 1)
+        return float(run.double().mean())
+
+    @cached_property
     def exit_shares(self) -> list[float]:
         """Share of the rows that leave at each exit, shallow first."""
         counts = torch.bincount(self.exit_index, minlength=len(self.replay.config.exit_layers))

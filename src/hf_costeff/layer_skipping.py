@@ -43,6 +43,7 @@ from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
 
 NO_GATES = "none"
 GOALS = ("max_metric_drop", "target_speedup")
+OF_NEW_EXITS = ("exit_head", "exit_pooling", "exit_layers")
 OF_EXITS = ("exit_epochs", "exit_learning_rate", "exit_contrastive_weight", "exit_contrastive_temperature")
 
 
@@ -67,9 +68,18 @@ class LayerSkippingArguments:
             "help": "attention, linear, or none (exits alone). Default: attention, for a multi-exit model linear."
         },
     )
-    exit_head: str = field(default="attention", metadata={"help": "attention or linear; a multi-exit model keeps its."})
-    exit_pooling: str = field(default="mean", metadata={"help": "What linear gates and heads look at: cls or mean."})
-    exit_layers: list[int] | None = field(default=None, metadata={"help": "Layers with an exit. Default: all."})
+    exit_head: str | None = field(
+        default=None, metadata={"help": "attention or linear. Default: attention; a multi-exit model keeps its."}
+    )
+    exit_pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "What linear gates and heads look at: cls or mean. Default: mean; a multi-exit model keeps its."
+        },
+    )
+    exit_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers with an exit. Default: all; a multi-exit model keeps its."}
+    )
     target_layers: float | None = field(
         default=None,
         metadata={
@@ -106,8 +116,8 @@ class LayerSkippingArguments:
             self.max_metric_drop = 0.5
         for name, known in (
             ("gates", (None, NO_GATES, *SKIP_GATES)),
-            ("exit_head", EXIT_HEADS),
-            ("exit_pooling", EXIT_POOLINGS),
+            ("exit_head", (None, *EXIT_HEADS)),
+            ("exit_pooling", (None, *EXIT_POOLINGS)),
         ):
             if getattr(self, name) not in known:
                 choices = ", ".join(str(choice) for choice in known if choice is not None)
@@ -120,8 +130,6 @@ class LayerSkippingArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0, and finite.")
         if self.gates == NO_GATES and self.target_layers is not None:
             raise ValueError("`target_layers` needs gates, and `gates` is 'none'. Leave one out.")
-        if self.gates == NO_GATES and not self.exit_epochs:
-            raise ValueError("`gates` is 'none' and `exit_epochs` is 0, so no row would save anything. Change one.")
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,11 @@ class LayerSkipping(StagedRun):
         torch.manual_seed(wanted.seed)
         gates = wanted.gates
         if isinstance(given, CostEffForSequenceClassification):
+            for name in OF_NEW_EXITS:
+                if getattr(wanted, name) is not None:
+                    raise ValueError(
+                        f"`{name}` is {getattr(wanted, name)!r}, and a multi-exit model keeps its exits. Leave it out."
+                    )
             model, gates = given, gates or given.config.skip_gates or "linear"
         else:
             if self.missing:
@@ -225,8 +238,8 @@ class LayerSkipping(StagedRun):
             model = convert_from_stock(
                 given,
                 exit_layers=wanted.exit_layers,
-                exit_pooling=wanted.exit_pooling,
-                exit_head=wanted.exit_head,
+                exit_pooling=wanted.exit_pooling or "mean",
+                exit_head=wanted.exit_head or "attention",
             )
             gates = gates or "attention"
         if gates == NO_GATES and model.config.skip_gates is not None:
@@ -238,6 +251,17 @@ class LayerSkipping(StagedRun):
     def _check(self) -> None:
         wanted, config = self.arguments, self.start.config
         self.trains_exits = wanted.exit_epochs > 0 and len(config.exit_layers) > 1
+        if config.skip_gates is None and not self.trains_exits:
+            raise ValueError(
+                f"`gates` is 'none', `exit_epochs` is {wanted.exit_epochs:g} and exits are at {config.exit_layers}, so "
+                "no row would save anything. Take gates, or train exits before the last."
+            )
+        has_exits = isinstance(self.given, CostEffForSequenceClassification)
+        if not wanted.epochs and not (has_exits and config.skip_gates == self.given.config.skip_gates):
+            raise ValueError(
+                "`epochs` is 0, and the model as given lacks gates or exits, which would stay as they are drawn. Train "
+                "for an epoch at least, or give a multi-exit model that has what is asked for."
+            )
         if self.data.problem_type == REGRESSION and self.trains_exits and config.skip_gates is not None:
             raise ValueError(
                 "Exits of a regression answer by patience, which looks back at exits that a row may have skipped. Set "
@@ -348,6 +372,11 @@ class LayerSkipping(StagedRun):
             found.append(Contender("skipping and early exit" if gated else "early exit", model, own, settings))
         return found
 
+    def _exits_fit(self) -> bool:
+        """Whether the exits have learnt on the encoder as it now is: here, or before if it has not moved since."""
+        given_with_exits = isinstance(self.given, CostEffForSequenceClassification)
+        return self.trains_exits or (given_with_exits and not self.trainings[BACKBONE].max_steps)
+
     def _report(self, stages: list[Stage]) -> LayerSkippingResult:
         folder, model = self.output_dir, self._load(stages[-1].name)
         for each in (model, self.given):
@@ -380,7 +409,7 @@ class LayerSkipping(StagedRun):
             "curve": [dataclasses.asdict(point) for point in curve],
             "skipping": None if skipping is None else dataclasses.asdict(skipping),
             "target_layers": result.target_layers,
-            "exits_trained": self.trains_exits or isinstance(self.given, CostEffForSequenceClassification),
+            "exits_trained": self._exits_fit(),
             "exit_config": None if settings is None else settings.to_dict(),
             "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
             "data": self.data.summary(),
