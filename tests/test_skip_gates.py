@@ -561,6 +561,18 @@ def test_gates_that_cost_more_than_their_layers_are_named(caplog):
     assert gated.predict(**random_batch(LENGTHS)).skipped_layers.shape == (8, 4)
 
 
+def test_gates_that_are_dear_only_with_their_exit_heads_are_named(caplog):
+    """A gate takes 14% of its layer, and an attention head 19%."""
+    model = tiny_model(num_attention_heads=2, intermediate_size=16, exit_pooling="mean", exit_layers=[2, 4])
+    with caplog.at_level(logging.WARNING, "hf_costeff.gating"):
+        add_skip_gates(model, "attention", gate_size=24)
+        assert not caplog.records
+        add_skip_gates(model, "attention", gate_size=24, exit_head="attention", exit_head_size=24)
+    assert [record.getMessage().split(" of the")[0] for record in caplog.records] == [
+        "The gates of layers 2, 4 take, with their exit heads, 25%"
+    ]
+
+
 def test_a_truncated_model_keeps_its_gates_and_answers_rows_that_run_its_last_layer_as_the_exit_did(gated):
     shallow, batch = gated.truncate(2), random_batch(LENGTHS)
     assert len(shallow.costeff.gates) == 2

@@ -6,10 +6,12 @@ import copy
 import logging
 
 from .configuration_costeff import CostEffConfig
-from .efficiency import PAPER_SEQ_LENGTH, gate_flops, layer_flops
+from .efficiency import PAPER_SEQ_LENGTH, exit_head_flops, gate_flops, layer_flops
 from .modeling_costeff import CostEffForSequenceClassification
 
 logger = logging.getLogger(__name__)
+DEAR = 0.25
+"""Gates are dear that take, with their exit heads, this share of their layer's FLOPs."""
 
 
 def add_skip_gates(
@@ -27,8 +29,8 @@ def add_skip_gates(
     settings are dropped, because they were chosen for rows that run every layer.
 
     Args:
-        model: Of any widths, converted, slenderized or packed. A layer without heads and neurons may be cheaper than
-            its gate, of which there is a warning.
+        model: Of any widths, converted, slenderized or packed. There is a warning of layers of whose FLOPs a gate and
+            its exit head take a quarter or more.
         skip_gates: `"attention"` or `"linear"`, see [`CostEffConfig`]. With `exit_pooling="cls"` there is a warning of
             linear gates: the first one cannot tell rows apart.
         gate_size: Width of an attention gate.
@@ -80,12 +82,15 @@ def add_skip_gates(
 
 
 def _warn_of_dear_gates(config: CostEffConfig) -> None:
-    gate = gate_flops(config, PAPER_SEQ_LENGTH)
-    layers = range(1, config.num_hidden_layers + 1)
-    dear = [layer for layer in layers if layer_flops(config, layer, PAPER_SEQ_LENGTH) <= gate]
+    gate, head = gate_flops(config, PAPER_SEQ_LENGTH), exit_head_flops(config, PAPER_SEQ_LENGTH)
+    dear = []
+    for layer in range(1, config.num_hidden_layers + 1):
+        added = gate + (head if layer in config.exit_layers else 0)
+        if added >= DEAR * layer_flops(config, layer, PAPER_SEQ_LENGTH):
+            dear.append(layer)
     if dear:
         logger.warning(
-            "The gates of layers %s take as many FLOPs as the layers themselves, or more (%s per row of %d tokens), so "
-            "skipping them saves nothing. Linear gates cost least.",
-            *(", ".join(map(str, dear)), f"{gate:,}", PAPER_SEQ_LENGTH),
+            "The gates of layers %s take, with their exit heads, %d%% of the FLOPs of the layers themselves or more "
+            "(gate %s, head %s per row of %d tokens), so skipping saves little. Linear gates and heads cost least.",
+            *(", ".join(map(str, dear)), 100 * DEAR, f"{gate:,}", f"{head:,}", PAPER_SEQ_LENGTH),
         )
