@@ -244,7 +244,7 @@ class BlockPruning(StagedRun):
         wanted = self.arguments
         penalty = BlockPenalty(
             wanted.blocks(),
-            wanted.strength,
+            float(wanted.strength or 0),  # `__post_init__` has chosen one
             reweighted=wanted.reweighted,
             refresh_epochs=wanted.refresh_epochs,
             proximal=wanted.proximal,
