@@ -432,7 +432,7 @@ def block_size_table() -> str:
     rows = []
     for blocks in dict.fromkeys(name.rpartition(", ")[0] for name in found):
         at = {ratio: found.get(f"{blocks}, {ratio}") for ratio in RATIOS}
-        rows.append([blocks, *(f"{row['share_of_nominal']:.2f}" if row else "" for row in at.values())])
+        rows.append([blocks, *(f"{row['share_of_nominal']:.3f}" if row else "" for row in at.values())])
     return markdown_table(["blocks", *RATIOS.values()], rows)
 
 
