@@ -147,7 +147,7 @@ class Bench:
             self.data.train,
             self.collator,
             train,
-            self.folder / "difficulty",
+            self.folder / "labels",
             folds=self.given.folds,
             seeds=seeds,
             settings=settings,

@@ -443,7 +443,7 @@ def block_speed_table() -> str:
         if name == "hardware":
             continue
         blocks, _, ratio = name.rpartition(", ")
-        cells = [blocks, RATIOS[ratio]]
+        cells = [blocks, RATIOS.get(ratio, ratio)]
         for batch in ("batch 32", "batch 1"):
             low, high = found[batch]["lowest_and_highest"]
             cells.append(f"{found[batch]['times_as_fast']:.2f} ({low:.2f} to {high:.2f})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import CostEffTrainer, block_compression, cli
-from hf_costeff.block_compression import BlockPruningArguments, block_prune
+from hf_costeff.block_compression import BlockPruning, BlockPruningArguments, BlockPruningResult, block_prune
 from hf_costeff.block_pruning import block_matrices
 from hf_costeff.mask_files import load_masks
 from hf_costeff.packed_linear import PackedLinear
@@ -82,6 +83,21 @@ def test_a_run_whose_teacher_was_trained_anew_is_refused(folder):
         prune(folder, model="slim", teacher=str(folder / "stock"), ratio=0.8)
 
 
+def test_the_given_model_is_measured_as_it_came(folder):
+    arguments = BlockPruningArguments(str(folder / "slim"), str(folder / "packed"), **SHORT | {"learning_rate": 0.1})
+    job = BlockPruning(arguments, sentence_rows(300))
+    before = {name: tensor.clone() for name, tensor in job.given.state_dict().items()}
+    job.run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in job.given.state_dict().items())
+
+
+def test_kept_blocks_of_dead_units_are_told_as_nothing_left():
+    nothing = BlockPruningResult(
+        Path(), 194.4, (100, 0), (9, 3), {"given": {}, "packed": {}}, {}, {"full": 2, "packed": 1}
+    )
+    assert "Pruned matrices: nothing is left." in nothing.describe()
+
+
 def test_ratios_share_the_penalised_model(folder, monkeypatch):
     prune(folder, ratio=0.5)
     monkeypatch.setattr(block_compression.BlockPruning, "_penalise", None)
@@ -141,6 +157,9 @@ def test_proximal_steps_want_a_tenth_of_the_strength():
         ({"penalty_epochs": -1.0}, "`penalty_epochs` is -1.0"),
         ({"penalty_epochs": float("inf")}, "`penalty_epochs` is inf"),
         ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` is 0.0"),
+        ({"retrain_learning_rate": float("nan")}, "`retrain_learning_rate` is nan"),
+        ({"refresh_epochs": 0.0}, "`refresh_epochs` is 0.0"),
         ({"strength": -1.0}, "`strength` is -1.0"),
         ({"metric": "spearman"}, "spearman"),
     ],
@@ -149,6 +168,7 @@ def test_what_cannot_work_is_refused_before_training(folder, settings, error, mo
     monkeypatch.setattr(CostEffTrainer, "train", None)
     with pytest.raises(ValueError, match=error):
         prune(folder, **settings)
+    assert not (folder / "packed").exists()  # so the corrected run is not refused
 
 
 def test_the_command_prunes_and_says_what_came_of_it(folder, capsys):

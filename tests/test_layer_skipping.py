@@ -106,6 +106,15 @@ def test_a_slim_model_keeps_its_exits_and_gets_a_light_gate(models, tmp_path):
     assert told(as_it_is)["exits_trained"] is True and told(result)["exits_trained"] is True
 
 
+def test_a_multi_exit_model_is_measured_as_it_came(models, tmp_path):
+    settings = {**SHORT, "gates": "none", "learning_rate": 0.1}
+    arguments = LayerSkippingArguments(str(models / "slim"), str(tmp_path / "out"), **settings)
+    job = layer_skipping.LayerSkipping(arguments, sentence_rows(200))
+    before = {name: tensor.clone() for name, tensor in job.given.state_dict().items()}
+    job.run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in job.given.state_dict().items())
+
+
 def test_exits_alone_and_skipping_alone_are_settings(models, tmp_path):
     leaving = skip(models, tmp_path / "exits", gates="none")
     model = AutoModelForSequenceClassification.from_pretrained(leaving.model_path)

@@ -7,6 +7,7 @@ Ratios share the penalised model: another ratio in the same folder starts at pru
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -90,6 +91,9 @@ class BlockPruningArguments:
         for name in ("penalty_epochs", "retrain_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. It must be 0 or more; 0 leaves the training out.")
+        for name in ("learning_rate", "retrain_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0, and finite.")
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` is {self.batch_size}. It must be at least 1: rows per optimizer step.")
         self.blocks()
@@ -127,7 +131,7 @@ class BlockPruningResult:
         given, packed = (", ".join(f"{k} {v:.4f}" for k, v in self.metrics[name].items()) for name in self.metrics)
         layouts = ", ".join(f"{count} {layout}" for layout, count in self.layouts.items()) or "none is left"
         fewer = "nothing is left"
-        if self.compression is not None:
+        if after and self.compression is not None:
             fewer = f"{self.compression:.2f} times fewer weights, {before / after:.2f} times fewer bytes"
         faster = self.milliseconds["full"] / self.milliseconds["packed"]
         text = (
@@ -175,11 +179,20 @@ class BlockPruning(StagedRun):
         self.arguments = arguments
         self.given = self._classifier(arguments.model)
         self.teacher = None if arguments.teacher is None else self._classifier(arguments.teacher)
-        self.start = self.given
-        if not isinstance(self.given, CostEffForSequenceClassification):
+        if isinstance(self.given, CostEffForSequenceClassification):
+            self.start = copy.deepcopy(self.given)  # which the report is to measure as it came
+        else:
             torch.manual_seed(arguments.seed)
             self.start = convert_from_stock(self.given, exit_layers=[self.given.config.num_hidden_layers])
         self._prune(self.start)
+        self.penalty = BlockPenalty(
+            arguments.blocks(),
+            cast(float, arguments.strength),
+            reweighted=arguments.reweighted,
+            refresh_epochs=arguments.refresh_epochs,
+            proximal=arguments.proximal,
+            embeddings=arguments.embeddings,
+        )
         tokenizer = load_tokenizer(arguments.model)
         rows = prepare_data(
             data,
@@ -241,16 +254,8 @@ class BlockPruning(StagedRun):
         return load_masks(self.store.files(stage) / MASKS)
 
     def _penalise(self) -> tuple[PreTrainedModel, dict[str, Any]]:
-        wanted = self.arguments
-        penalty = BlockPenalty(
-            wanted.blocks(),
-            float(wanted.strength or 0),  # `__post_init__` has chosen one
-            reweighted=wanted.reweighted,
-            refresh_epochs=wanted.refresh_epochs,
-            proximal=wanted.proximal,
-            embeddings=wanted.embeddings,
-        )
-        return self._train("penalty", self.start, Phase(wanted.penalty_epochs, wanted.learning_rate), penalty)
+        phase = Phase(self.arguments.penalty_epochs, self.arguments.learning_rate)
+        return self._train("penalty", self.start, phase, self.penalty)
 
     def _retrain(self, stage: str, masks: BlockMasks) -> tuple[PreTrainedModel, dict[str, Any]]:
         phase = Phase(self.arguments.retrain_epochs, self.arguments.retrain_learning_rate)

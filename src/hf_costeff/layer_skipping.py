@@ -7,6 +7,7 @@ Settings of the exits share the first stage: others in the same folder start at 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -231,7 +232,8 @@ class LayerSkipping(StagedRun):
                     raise ValueError(
                         f"`{name}` is {getattr(wanted, name)!r}, and a multi-exit model keeps its exits. Leave it out."
                     )
-            model, gates = given, gates or given.config.skip_gates or "linear"
+            model = copy.deepcopy(given)  # the report is to measure the given one as it came
+            gates = gates or model.config.skip_gates or "linear"
         else:
             if self.missing:
                 self.data.label(given.config)
