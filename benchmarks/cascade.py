@@ -158,7 +158,8 @@ class Bench:
         """The first member, distilled in one of the variants."""
         hard = self.hard if variant != "random" else np.random.default_rng(self.given.seed).permutation(self.hard)
         weight = 0.0 if variant == "none" else self.given.difficulty_weight
-        train = partial(self.train, layers=self.given.layers, teacher=True, difficulty_weight=weight)
+        soft = not self.given.true_labels_alone
+        train = partial(self.train, layers=self.given.layers, teacher=soft, difficulty_weight=weight)
         rows, working = mark_hard_rows(self.data.train, hard), self.folder / f"{variant}.working"
         return self.kept(variant, lambda: train(rows, self.given.seed, working))
 
@@ -366,6 +367,9 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--difficulty_weight", type=float, default=0.5)
+    parser.add_argument(
+        "--true_labels_alone", action="store_true", help="The first member learns nothing from the teacher."
+    )
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=42)
