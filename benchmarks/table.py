@@ -174,11 +174,9 @@ def ablation_table() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for file in sorted((HERE / "results").glob("ablation-*.json")):
-        rows = json.loads(file.read_text())
-        for variant in VARIANTS:
-            found = [row for name, row in rows.items() if name.rsplit("-", 1)[0] == variant]
-            if not found:
-                continue
+        rows = by_seed(json.loads(file.read_text()), "-")
+        for variant in filter(rows.__contains__, VARIANTS):
+            found = rows[variant]
             lines.append(
                 f"| {file.stem.removeprefix('ablation-')} | {variant} | {len(found)} | {spread(found, 'full_depth')} "
                 f"| {spread(found, 'mean_exit')} | {spread([row['at_paper_flops'] for row in found], 'early_exit')} "

@@ -300,6 +300,17 @@ def test_a_budget_in_flops_is_reached_from_both_sides(target, tmp_path):
         assert {"skip_loss", "skip_weight"} <= trainer.state.log_history[0].keys()
 
 
+@pytest.mark.parametrize("target", [1.0, 2.5, 3.5])
+def test_a_budget_of_equal_layers_is_a_number_of_layers(target, tmp_path):
+    for bias in (-1.0, 1.0):
+        model, rows = tiny_model(**GATED, num_attention_heads=3, intermediate_size=16), token_rows(64)
+        for gate in model.costeff.gates:
+            torch.nn.init.constant_(gate.decision.bias, bias)
+        settings = {"max_steps": 120, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
+        make_trainer(tmp_path, model, rows=rows, target_layers=target, trained_parts="backbone", **settings).train()
+        assert decided(model.eval(), rows) == pytest.approx(target, abs=0.3)
+
+
 def test_layers_that_cost_nothing_do_not_meet_a_budget(tmp_path):
     """Rows run the two layers that have any width, which is all there is to save."""
     rows, target = token_rows(16), {"target_layers": 2.0, "trained_parts": "backbone"}
