@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections import Counter
@@ -40,9 +39,11 @@ from hf_costeff.packed_linear import DENSE, PANELS
 from hf_costeff.packing import choose_layouts, packed_linears, set_layouts
 from hf_costeff.report import describe_hardware
 from real_run import METRIC, SPLITS
+from results_file import RESULTS, ResultsFile
 
-RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.3, 0.5, 0.6, 0.8)  # 1.43, 2, 2.5 and 5 times fewer weights
+SETTINGS = ("column_slabs", "penalty_epochs", "retrain_epochs", "learning_rate", "retrain_learning_rate")
+"""Flags that decide what the rows of a quality file say, beside those in their names."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "reweighted": {},
     "plain": {"reweighted": False},
@@ -63,13 +64,13 @@ FAST_SHAPES = (
 
 def quality(given: argparse.Namespace) -> None:
     metric = METRIC.get(given.task, "accuracy")
-    output = RESULTS / f"block-quality-{given.task}-{given.name}.json"
-    rows = read(output)
+    settings = {name: getattr(given, name) for name in SETTINGS}
+    results = ResultsFile(RESULTS / f"block-quality-{given.task}-{given.name}.json", settings)
     for seed in given.seeds:
         pairs = [("one-shot", 0.0), *((variant, ratio) for variant in given.variants for ratio in given.ratios)]
         for variant, ratio in pairs:
             name = f"{variant}-{ratio:g}-{seed}" if ratio else f"dense-{seed}"
-            if name in rows:
+            if name in results.rows:
                 continue
             arguments = BlockPruningArguments(
                 model=given.model,
@@ -88,7 +89,7 @@ def quality(given: argparse.Namespace) -> None:
             data = DataArguments(dataset=given.data, dataset_config=given.task, **SPLITS.get(given.task, {}))
             job = BlockPruning(arguments, data)
             result = job.run()
-            rows[name] = {
+            row = {
                 "metric": metric,
                 "given": result.metrics["given"][metric],
                 "packed": result.metrics["packed"][metric],
@@ -97,8 +98,7 @@ def quality(given: argparse.Namespace) -> None:
                 "matrix_bytes": result.matrix_bytes,
                 "parameters": result.parameters,
             }
-            write(output, rows)
-            print(name, json.dumps(rows[name]), flush=True)
+            results.add(name, row)
 
 
 def exit_metrics(job: BlockPruning, metric: str) -> dict[str, list[float]]:
@@ -116,8 +116,7 @@ def exit_metrics(job: BlockPruning, metric: str) -> dict[str, list[float]]:
 
 def size(given: argparse.Namespace) -> None:
     """Bytes of the pruned matrices in the file, indices included, against full bytes / nominal compression."""
-    model, output = load(given.model), RESULTS / "block-size.json"
-    rows = read(output)
+    model, results = load(given.model), ResultsFile(RESULTS / "block-size.json")
     for text, blocks in SHAPES.items():
         for ratio in given.ratios:
             masks = prune_blocks(model, blocks, ratio=ratio)
@@ -127,14 +126,13 @@ def size(given: argparse.Namespace) -> None:
                 stored = stored_bytes(Path(folder), [name for name, _ in packed_linears(packed.costeff)])
                 whole = (Path(folder) / "model.safetensors").stat().st_size
             full = sum(4 * rows * columns for rows, columns in masks.shapes.values())
-            rows[f"{text}, {ratio:g}"] = {
+            row = {
                 "compression": masks.compression,
                 "matrix_bytes": [full, stored],
                 "share_of_nominal": full / stored / masks.compression,
                 "file_mb": whole / 1e6,
             }
-            print(f"{text:<24}{ratio:<6g}{full / stored:6.3f} of {masks.compression:.3f}", flush=True)
-            write(output, rows)
+            results.add(f"{text}, {ratio:g}", row)
 
 
 def stored_bytes(folder: Path, names: list[str]) -> int:
@@ -147,8 +145,8 @@ def stored_bytes(folder: Path, names: list[str]) -> int:
 def speed(given: argparse.Namespace) -> None:
     """CPU time of the model with full matrices, panels, and chosen layouts; and of one layer in every layout."""
     torch.set_num_threads(1)
-    model, output = load(given.model), RESULTS / "block-speed.json"
-    rows = {"hardware": describe_hardware(torch.device("cpu")), **read(output)}
+    settings = {"hardware": describe_hardware(torch.device("cpu")), "rounds": given.rounds}
+    model, results = load(given.model), ResultsFile(RESULTS / "block-speed.json", settings)
     for text in given.shapes:
         for ratio in given.ratios:
             masks = prune_blocks(model, SHAPES[text], ratio=ratio)
@@ -175,9 +173,7 @@ def speed(given: argparse.Namespace) -> None:
                     "chosen": Counter(layer.packing.layout for _, layer in packed_linears(chosen.costeff)),
                     "layer_1_cpu_ms": layouts(packed, batch_size, given.rounds),
                 }
-            rows[f"{text}, {ratio:g}"] = found
-            write(output, rows)
-            print(f"{text:<24}{ratio:<6g}", json.dumps(found), flush=True)
+            results.add(f"{text}, {ratio:g}", found)
 
 
 def layouts(packed: CostEffForSequenceClassification, batch_size: int, rounds: int) -> dict[str, float]:
@@ -225,15 +221,6 @@ def load(name: str) -> CostEffForSequenceClassification:
     if not isinstance(model, CostEffForSequenceClassification):
         model = convert_from_stock(model, exit_layers=[model.config.num_hidden_layers])
     return model.eval()
-
-
-def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def write(file: Path, rows: dict[str, Any]) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(rows, indent=1))
 
 
 def main() -> None:

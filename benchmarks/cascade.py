@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -49,6 +48,7 @@ from hf_costeff.exit_replay import ExitLogits, ExitReplay
 from hf_costeff.metrics import METRICS, paired_bootstrap
 from hf_costeff.report import describe_hardware
 from real_run import METRIC, SPLITS
+from results_file import RESULTS, ResultsFile
 
 VARIANTS = ("none", "difficulty", "random")
 TARGETS = (2.0, 3.0, 4.0, 6.0, 8.0)
@@ -375,31 +375,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--timed_rows", type=int, default=256)
     parser.add_argument("--runs", default="runs")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     bench = Bench(given)
     output = given.results / f"cascade-{given.task}-{given.seed}.json"
-    output.parent.mkdir(exist_ok=True, parents=True)
-    rows = json.loads(output.read_text()) if output.exists() else {}
     unimportant = ("data", "runs", "results", "teacher", "pretrained", "run", "timed_rows")
     settings = {name: value for name, value in vars(given).items() if name not in unimportant}
-    if rows.setdefault("settings", settings) != settings:
-        parser.error(
-            f"{output} has rows with other settings: {rows['settings']}. Repeat them, or name other --results."
-        )
+    results = ResultsFile(output, settings)
     teacher = bench.reference["records"]
-    rows["teacher"] = {
+    about = {
         "metric": bench.function(teacher.logits[:, 0].numpy(), teacher.known_labels()),
         "name": bench.metric,
         "rows": {name: len(part) for name, part in bench.data.raw.items()},
     }
+    results.add("teacher", about)
     for name, job in jobs(bench).items():
-        if name not in rows:
-            rows[name] = job()
-            output.write_text(json.dumps(rows, indent=1))
-            print(name, json.dumps(rows[name]), flush=True)
-    rows["comparisons"] = bench.comparisons()
-    output.write_text(json.dumps(rows, indent=1))
+        if name not in results.rows:
+            results.add(name, job())
+    results.add("comparisons", bench.comparisons())
 
 
 if __name__ == "__main__":

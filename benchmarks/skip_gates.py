@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from block_pruning import read, write
 from hf_costeff import CostEffForSequenceClassification
 from hf_costeff.calibration import ExitSearch, choose_exit_config
 from hf_costeff.charts import new_figure
@@ -41,8 +40,8 @@ from hf_costeff.layer_skipping import OF_EXITS, LayerSkipping, LayerSkippingArgu
 from hf_costeff.metrics import METRICS, paired_bootstrap
 from hf_costeff.report import SKIPPING
 from real_run import METRIC, SPLITS
+from results_file import RESULTS, ResultsFile
 
-RESULTS = Path(__file__).parent / "results"
 TASKS = ("rte", "wnli", "mrpc", "cola", "sst2")
 UNGATED = "exits"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -66,27 +65,20 @@ SETTINGS = ("gates", "exit_head", "epochs", "exit_epochs", "learning_rate", "row
 
 
 def train(given: argparse.Namespace) -> None:
-    output = RESULTS / f"skip-{given.task}{given.suffix}.json"
-    found = read(output) or {"settings": {}, "rows": {}}
     settings = {name: getattr(given, name) for name in SETTINGS}
-    if found["rows"] and found["settings"] != settings:
-        raise SystemExit(
-            f"{output} has rows with other settings: {found['settings']}. Repeat them, or name another --suffix."
-        )
-    rows, found["settings"] = found["rows"], settings
+    results = ResultsFile(RESULTS / f"skip-{given.task}{given.suffix}.json", settings)
     variants = [UNGATED, *(name for name in given.variants if name != UNGATED)]
     for seed in given.seeds:
         for variant in variants:
             for target in [None] if variant in (UNGATED, "no incentive") else given.targets or [None]:
                 name = f"{variant}/{'free' if target is None else f'{target:g}'}/{seed}"
-                if name in rows:
+                if name in results.rows:
                     continue
                 job = LayerSkipping(arguments(given, variant, target, seed), data(given))
                 result = job.run()
                 facts = json.loads((result.model_path / SKIPPING).read_text())
-                rows[name] = {"metric": job.metric, **measured(job, facts)}
-                write(output, found)
-                print(name, json.dumps({key: value for key, value in rows[name].items() if key != "curve"}), flush=True)
+                row = {"metric": job.metric, **measured(job, facts)}
+                results.add(name, row, shown={key: value for key, value in row.items() if key != "curve"})
 
 
 def folder(given: argparse.Namespace, variant: str, target: float | None, seed: int) -> str:
@@ -214,7 +206,7 @@ def chart(given: argparse.Namespace) -> None:
     """Metric against FLOPs, one picture per task: a line per run with exits, a point per run that skips alone."""
     figure = new_figure(4.5 * len(given.tasks), 4)
     for axes, task in zip(figure.subplots(1, len(given.tasks), squeeze=False)[0], given.tasks, strict=True):
-        rows = read(RESULTS / f"skip-{task}{given.suffix}.json")["rows"]
+        rows = json.loads((RESULTS / f"skip-{task}{given.suffix}.json").read_text())["rows"]
         ungated = [row for name, row in rows.items() if name.startswith(f"{UNGATED}/")]
         whole = statistics.mean(row["flops_per_row"]["all layers"] for row in ungated)
         for name, row in rows.items():

@@ -14,9 +14,9 @@ import statistics
 from pathlib import Path
 
 from hf_costeff.markdown import markdown_table
+from results_file import RESULTS
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "results.md"
+PAGE = RESULTS.parent.parent / "docs" / "results.md"
 TASKS = ("sst2", "mrpc", "cola", "rte", "stsb", "qnli", "mnli", "clinc150")
 VARIANTS = ("base", "final-exit", "random", "single-exit", "last-exit", "two-stage", "squat")
 
@@ -38,9 +38,9 @@ def main() -> None:
     }
     if block_runs():
         tables["block-quality"] = block_quality_table()
-    if (HERE / "results" / "block-size.json").exists():
+    if (RESULTS / "block-size.json").exists():
         tables["block-size"] = block_size_table()
-    if (HERE / "results" / "block-speed.json").exists():
+    if (RESULTS / "block-speed.json").exists():
         tables["block-speed"] = block_speed_table()
     if skipping_runs():
         tables["skipping"] = skipping_table()
@@ -57,8 +57,13 @@ OTHERS = re.compile("-(same|last)-")
 """In the name of a run whose exits have another teacher than the recipe would choose, as a comparison."""
 
 
+def rows_of(file: Path) -> dict[str, dict]:
+    """Of a file with settings and rows, see results_file.py."""
+    return json.loads(file.read_text())["rows"]
+
+
 def all_runs() -> dict[str, dict]:
-    files = (file for task in TASKS for file in sorted((HERE / "results").glob(f"{task}-*-*.json")))
+    files = (file for task in TASKS for file in sorted(RESULTS.glob(f"{task}-*-*.json")))
     return {file.stem: json.loads(file.read_text()) for file in files}
 
 
@@ -173,7 +178,7 @@ def ablation_table() -> str:
         "| task | variant | seeds | full depth | mean over exits | at 1/19 FLOPs | mean exit layer | parameters |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for file in sorted((HERE / "results").glob("ablation-*.json")):
+    for file in sorted(RESULTS.glob("ablation-*.json")):
         rows = by_seed(json.loads(file.read_text()), "-")
         for variant in filter(rows.__contains__, VARIANTS):
             found = rows[variant]
@@ -188,7 +193,7 @@ def ablation_table() -> str:
 
 def peers_table() -> str:
     """Times over the teacher's in torch float32, each round over its own; quartiles in brackets."""
-    found = json.loads((HERE / "results" / "peers.json").read_text())
+    found = json.loads((RESULTS / "peers.json").read_text())
     rows = [
         [
             name,
@@ -220,7 +225,7 @@ def _times_as_fast(ratio: dict[str, float]) -> str:
 def promises_table() -> str:
     """How often settings chosen on a sample lose more than epsilon on the whole pool, promised and plainly swept."""
     rows = []
-    for file in sorted((HERE / "results").glob("guarantees-*.json"), key=lambda file: TASKS.index(_task(file))):
+    for file in sorted(RESULTS.glob("guarantees-*.json"), key=lambda file: TASKS.index(_task(file))):
         found = json.loads(file.read_text())
         by_kind = {(run["goal"], run["rows"], run["epsilon"], run["guarantee"]): run for run in found["runs"]}
         for (goal, size, epsilon, guarantee), promised in by_kind.items():
@@ -237,7 +242,7 @@ def promises_table() -> str:
 def curves_table() -> str:
     """Times fewer FLOPs on validation with at most so many points of accuracy lost, by the way thresholds are set."""
     rows = []
-    for name, found in json.loads((HERE / "results" / "exit-curves.json").read_text()).items():
+    for name, found in json.loads((RESULTS / "exit-curves.json").read_text()).items():
         for way, points in found["at_equal_accuracy"].items():
             cells = [f"{point['speedup']:.2f}x" for point in points.values()]
             rows.append([f"{name} ({found['full_depth_accuracy']:.3f})", way, *cells])
@@ -262,10 +267,10 @@ def cascade_runs() -> list[tuple[str, dict]]:
     """Name and figures of every run of benchmarks/cascade.py that is complete."""
     found = []
     for task in TASKS:
-        for file in sorted((HERE / "results").glob(f"cascade-{task}-*.json")):
+        for file in sorted(RESULTS.glob(f"cascade-{task}-*.json")):
             run = json.loads(file.read_text())
-            if "comparisons" in run:
-                found.append((file.stem.removeprefix("cascade-"), run))
+            if "comparisons" in run["rows"]:
+                found.append((file.stem.removeprefix("cascade-"), {"settings": run["settings"], **run["rows"]}))
     return found
 
 
@@ -381,8 +386,8 @@ def block_runs() -> dict[str, dict[str, list[dict]]]:
     A multi-exit model has two sets of rows: its last exit, and the mean over its exits.
     """
     found = {}
-    for file in sorted((HERE / "results").glob("block-quality-*.json")):
-        rows = json.loads(file.read_text())
+    for file in sorted(RESULTS.glob("block-quality-*.json")):
+        rows = rows_of(file)
         name = file.stem.removeprefix("block-quality-").replace("-", ", ", 1)
         found[name] = by_seed(rows, "-")
         if "packed_exits" in next(iter(rows.values())):
@@ -426,7 +431,7 @@ def _smaller(group: list[dict]) -> str:
 
 def block_size_table() -> str:
     """Bytes saved on the pruned matrices, indices included, as a share of the nominal compression."""
-    found = json.loads((HERE / "results" / "block-size.json").read_text())
+    found = rows_of(RESULTS / "block-size.json")
     rows = []
     for blocks in dict.fromkeys(name.rpartition(", ")[0] for name in found):
         at = {ratio: found.get(f"{blocks}, {ratio}") for ratio in RATIOS}
@@ -437,9 +442,7 @@ def block_size_table() -> str:
 def block_speed_table() -> str:
     """CPU time of the model with full matrices over packed ones in the chosen layouts, 64 tokens."""
     rows = []
-    for name, found in json.loads((HERE / "results" / "block-speed.json").read_text()).items():
-        if name == "hardware":
-            continue
+    for name, found in rows_of(RESULTS / "block-speed.json").items():
         blocks, _, ratio = name.rpartition(", ")
         cells = [blocks, RATIOS.get(ratio, ratio)]
         for batch in ("batch 32", "batch 1"):
@@ -457,8 +460,8 @@ SKIPPING_GOALS = ("2x", "3x")
 
 def skipping_runs() -> dict[str, dict[str, list[dict]]]:
     """Task -> variant and target -> a row per seed, of benchmarks/skip_gates.py."""
-    files = sorted((HERE / "results").glob("skip-*.json"))
-    return {file.stem.removeprefix("skip-"): by_seed(json.loads(file.read_text())["rows"], "/") for file in files}
+    files = sorted(RESULTS.glob("skip-*.json"))
+    return {file.stem.removeprefix("skip-"): by_seed(rows_of(file), "/") for file in files}
 
 
 def skipping_table() -> str:

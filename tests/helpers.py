@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +107,14 @@ def tiny_bert(seed: int = 0, model_class: type = BertForSequenceClassification, 
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
+
+
+def save_named(folder: Path, *names: str) -> str:
+    """A stock classifier with these labels in this order, and its tokenizer, in a folder of their own."""
+    path = folder / "-".join(names)
+    tiny_bert(num_labels=len(names), id2label=dict(enumerate(names))).save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return str(path)
 
 
 def token_rows(count: int, seed: int = 0, num_labels: int = 3, longest: int = 9) -> Dataset:

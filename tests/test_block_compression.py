@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
+from helpers import save_named, sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import CostEffTrainer, block_compression, cli
 from hf_costeff.block_compression import BlockPruning, BlockPruningArguments, BlockPruningResult, block_prune
 from hf_costeff.block_pruning import block_matrices
@@ -162,10 +162,13 @@ def test_proximal_steps_want_a_tenth_of_the_strength():
         ({"refresh_epochs": 0.0}, "`refresh_epochs` is 0.0"),
         ({"strength": -1.0}, "`strength` is -1.0"),
         ({"metric": "spearman"}, "spearman"),
+        ({"teacher": "turned"}, "The teacher has the labels \\['b', 'a'\\] and the student \\['a', 'b'\\]"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(folder, settings, error, monkeypatch):
     monkeypatch.setattr(CostEffTrainer, "train", None)
+    if "teacher" in settings:
+        settings = {"model": save_named(folder, "a", "b"), "teacher": save_named(folder, "b", "a")}
     with pytest.raises(ValueError, match=error):
         prune(folder, **settings)
     assert not (folder / "packed").exists()  # so the corrected run is not refused

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertModel
 
-from helpers import sentence_rows, tiny_bert, tiny_model, word_tokenizer
+from helpers import save_named, sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import cli, layer_skipping, staged_run
 from hf_costeff.layer_skipping import LayerSkippingArguments, train_layer_skipping
 from hf_costeff.report import drop_exit_figures
@@ -212,10 +212,19 @@ def test_a_run_killed_between_the_phases_goes_on(models, tmp_path, monkeypatch):
         ({"exit_contrastive_weight": 0.1, "exit_head": "linear"}, "needs heads with token states"),
         ({"exit_contrastive_temperature": 0.0}, "`exit_contrastive_temperature` is 0.0"),
         ({"target_speedup": -1.0}, "`target_speedup` is -1.0"),
+        (
+            {"target_speedup": 2.0, "exit_epochs": 0.0},
+            "`target_speedup` is 2.0, a goal of exits, and",
+        ),
+        ({"max_metric_drop": 1.0, "exit_epochs": 0.0}, "`max_metric_drop` is 1.0, a goal of exits"),
+        ({"target_layers": 2.0, "epochs": 0.0}, "`target_layers` is 2, and `epochs` is 0: gates do not learn"),
+        ({"teacher": "turned"}, "The teacher has the labels \\['b', 'a'\\] and the student \\['a', 'b'\\]"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(settings, error, models, tmp_path, monkeypatch):
     monkeypatch.setattr(staged_run.CostEffTrainer, "train", None)
+    if "teacher" in settings:
+        settings = {"model": save_named(tmp_path, "a", "b"), "teacher": save_named(tmp_path, "b", "a")}
     with pytest.raises(ValueError, match=error):
         skip(models, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from hf_costeff.stages import StageStore
+from hf_costeff.stages import StageStore, working_folder
 
 SETTINGS = {"compression": 8.0, "seed": 42, "events": None, "layers": (1, 2)}
 
@@ -56,12 +56,12 @@ def test_a_complete_draft_that_was_not_renamed_yet_is_not_finished(store):
 
 
 def test_what_a_stage_works_on_survives_until_it_is_finished(store):
-    checkpoint = store.working_dir("assistant") / "checkpoint-5"
-    checkpoint.mkdir()
+    checkpoint = working_folder(store.output_dir, "assistant") / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
     with pytest.raises(Killed):
         store.finish("assistant", save_half, {})
     reopened = StageStore(store.output_dir, SETTINGS)
-    assert (reopened.working_dir("assistant") / "checkpoint-5").is_dir()
+    assert checkpoint.is_dir()
     reopened.finish("assistant", save_weights, {})
     assert not checkpoint.exists()
 

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from .block_pruning import EMBEDDINGS, BlockMasks, BlockShape, prune_blocks, zero_blocks
 from .block_training import BlockPenalty, MaskedTraining, Regularizer
 from .checkpoints import load_classifier, load_tokenizer
-from .checksums import fingerprint_of
 from .conversion import convert_from_stock
 from .data import DataArguments, prepare_data
 from .efficiency import count_parameters, measure_alternating
@@ -34,9 +33,10 @@ from .metrics import compute_metrics
 from .modeling_costeff import CostEffForSequenceClassification
 from .packed_linear import DENSE
 from .packing import choose_layouts, pack, packed_linears
-from .recipes import Phase
+from .recipes import Phase, check_ranges
 from .report import describe_hardware
-from .staged_run import Stage, StagedRun, settings_key
+from .staged_run import Stage, StagedRun, settings_key, settings_of_run
+from .trainer import check_teacher
 from .training_args import CostEffTrainingArguments
 
 MASKS = "masks.safetensors"
@@ -88,14 +88,8 @@ class BlockPruningArguments:
             self.column_slabs = 4
         if self.strength is None:
             self.strength = 30.0 if self.proximal else 300.0
-        for name in ("penalty_epochs", "retrain_epochs"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be 0 or more; 0 leaves the training out.")
-        for name in ("learning_rate", "retrain_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0, and finite.")
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` is {self.batch_size}. It must be at least 1: rows per optimizer step.")
+        least = {"penalty_epochs": 0, "retrain_epochs": 0, "batch_size": 1, "seed": 0}
+        check_ranges(self, least, above_zero=("learning_rate", "retrain_learning_rate"))
         self.blocks()
 
     def blocks(self) -> BlockShape:
@@ -185,6 +179,8 @@ class BlockPruning(StagedRun):
             torch.manual_seed(arguments.seed)
             self.start = convert_from_stock(self.given, exit_layers=[self.given.config.num_hidden_layers])
         self._prune(self.start)
+        if self.teacher is not None:
+            check_teacher(self.teacher.config, self.start.config)
         self.penalty = BlockPenalty(
             arguments.blocks(),
             cast(float, arguments.strength),
@@ -212,20 +208,9 @@ class BlockPruning(StagedRun):
             Stage(prune, self._choose_blocks),
             Stage.of_model(retrain, lambda: self._retrain(retrain, self._masks(prune))),
         ]
-        self._go_through(stages, self._settings())
+        settings = settings_of_run(self.arguments, self.data, self.given, self.teacher, without=PRUNING)
+        self._go_through(stages, settings)
         return self._report(self._load(retrain), self._masks(prune))
-
-    def _settings(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.arguments)
-        for name in ("output_dir", *PRUNING):
-            del settings[name]
-        return {
-            **settings,
-            "model_fingerprint": fingerprint_of(self.given),
-            "teacher_fingerprint": None if self.teacher is None else fingerprint_of(self.teacher),
-            "data_fingerprint": self.data.fingerprint(),
-            "max_length": self.data.max_length,
-        }
 
     def _classifier(self, name: str) -> PreTrainedModel:
         return self._prepared(load_classifier(name, dtype=torch.float32))

@@ -265,22 +265,7 @@ def prune_blocks(
         ValueError: Both or neither of `ratio` and `threshold`, a ratio outside 0..1, one of 1 without `allow_empty`, a
             block that is larger than a matrix, or a combination that contradicts itself.
     """
-    if (ratio is None) == (threshold is None):
-        raise ValueError("Give either `ratio` or `threshold`.")
-    if ratio is not None and not (0 <= ratio < 1 or (ratio == 1 and allow_empty)):
-        raise ValueError(
-            f"`ratio` is {ratio}. It must be at least 0 and below 1: the share of the blocks that goes. A ratio of 1 "
-            "leaves nothing and needs `allow_empty`."
-        )
-    if threshold is not None and not threshold >= 0:
-        raise ValueError(f"`threshold` is {threshold}. It must be a norm, 0 or more.")
-    if blocks.balanced and (threshold is not None or across_matrices):
-        raise ValueError("Balanced bands keep equal numbers of blocks: give `ratio`, without `across_matrices`.")
-    if threshold is not None and (across_matrices or scores is not None):
-        raise ValueError(
-            "`threshold` prunes by norm, block by block. `across_matrices` and `scores` say what a `ratio` ranks by: "
-            "give one, or leave them out."
-        )
+    _check_choice(blocks, ratio, threshold, scores is not None, across_matrices, allow_empty)
     energies = block_energies(model, blocks, embeddings)
     scores = _checked(energies if scores is None else scores, energies)
     matrices = block_matrices(model, embeddings)
@@ -295,6 +280,32 @@ def prune_blocks(
         for name, mask in masks.items():
             mask.view(-1)[scores[name].argmax()] |= ~mask.any()
     return BlockMasks(blocks, masks, shapes, weights_fingerprint(model))
+
+
+def _check_choice(
+    blocks: BlockShape,
+    ratio: float | None,
+    threshold: float | None,
+    has_scores: bool,
+    across_matrices: bool,
+    allow_empty: bool,
+) -> None:
+    if (ratio is None) == (threshold is None):
+        raise ValueError("Give either `ratio` or `threshold`.")
+    if ratio is not None and not (0 <= ratio < 1 or (ratio == 1 and allow_empty)):
+        raise ValueError(
+            f"`ratio` is {ratio}. It must be at least 0 and below 1: the share of the blocks that goes. A ratio of 1 "
+            "leaves nothing and needs `allow_empty`."
+        )
+    if threshold is not None and not threshold >= 0:
+        raise ValueError(f"`threshold` is {threshold}. It must be a norm, 0 or more.")
+    if blocks.balanced and (threshold is not None or across_matrices):
+        raise ValueError("Balanced bands keep equal numbers of blocks: give `ratio`, without `across_matrices`.")
+    if threshold is not None and (across_matrices or has_scores):
+        raise ValueError(
+            "`threshold` prunes by norm, block by block. `across_matrices` and `scores` say what a `ratio` ranks by: "
+            "give one, or leave them out."
+        )
 
 
 def _checked(scores: Mapping[str, Tensor], energies: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,8 +36,9 @@ from .distillation import stage_arguments
 from .efficiency import PAPER_SEQ_LENGTH
 from .evaluation import ExitReliability, exit_reliability
 from .exit_criteria import REGRESSION
-from .recipes import Phase
+from .recipes import Phase, check_ranges
 from .staged_run import Stage, StagedRun, settings_key
+from .stages import working_folder
 from .trainer import TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
@@ -124,14 +124,8 @@ class CascadeArguments:
             raise ValueError(
                 f"`models` is {self.models}, one of them twice. A second copy answers what the first does."
             )
-        for name, low in (("difficulty_folds", 2), ("difficulty_seeds", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be at least {low}.")
-        if not 0 <= self.difficulty_weight < math.inf:
-            raise ValueError(f"`difficulty_weight` is {self.difficulty_weight}. It must be at least 0.")
-        for name in ("epochs", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0.")
+        least = {"difficulty_folds": 2, "difficulty_seeds": 1, "difficulty_weight": 0, "batch_size": 1, "seed": 0}
+        check_ranges(self, least, above_zero=("epochs", "learning_rate"))
         if not 0 <= self.difficulty_margin <= 1:
             raise ValueError(f"`difficulty_margin` is {self.difficulty_margin}. It must lie in 0..1.")
         if self.difficulty_rule not in RULES:
@@ -267,7 +261,7 @@ class CascadeTraining(StagedRun):
             self.rows[0].train,
             make_collator(self.tokenizers[0]),
             train,
-            self.store.working_dir(self.difficulty_stage),
+            working_folder(self.output_dir, self.difficulty_stage),
             folds=wanted.difficulty_folds,
             seeds=[wanted.seed + number for number in range(wanted.difficulty_seeds)],
         )
@@ -289,7 +283,7 @@ class CascadeTraining(StagedRun):
                     "trained without difficulty. Another --difficulty_rule or more --difficulty_seeds may tell some "
                     "apart, in the same folder."
                 )
-        model, record = self._train(number, rows, self.seed, self.store.working_dir(stage), weight)
+        model, record = self._train(number, rows, self.seed, working_folder(self.output_dir, stage), weight)
         return model, {**record, "rows": len(rows), "difficulty_weight": weight}
 
     def _train(

@@ -24,7 +24,7 @@ from .configuration_costeff import problem_type_of
 from .evaluation import Collator, collect_exit_logits, row_keys
 from .exit_criteria import MULTI_LABEL, REGRESSION, SINGLE_LABEL, answers, same_answers
 from .losses import difficulty_loss
-from .stages import StageStore
+from .stages import StageStore, working_folder
 from .training_args import CostEffTrainingArguments
 
 HARD = "hard"
@@ -192,7 +192,9 @@ def difficulty_labels(
         bar.set_postfix_str(name)
         if not store.is_finished(name):
             set_seed(seed)
-            model = train(dataset.select(rest), seed, store.working_dir(name))
+            folder = working_folder(output_dir, name)
+            folder.mkdir(exist_ok=True)
+            model = train(dataset.select(rest), seed, folder)
             found = _right(model, dataset.select(held), collator)
 
             def save(folder: Path, found: np.ndarray = found) -> None:

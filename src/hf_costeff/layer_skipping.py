@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from .calibration import exit_curve
 from .calibration_goals import check_goal
 from .charts import draw_pareto_chart, draw_skip_chart
 from .checkpoints import load_classifier, load_tokenizer, load_unfinished_classifier
-from .checksums import fingerprint_of
 from .configuration_costeff import EXIT_HEADS, EXIT_POOLINGS, SKIP_GATES
 from .conversion import convert_from_stock, longest_text
 from .data import DataArguments, prepare_data
@@ -35,11 +33,12 @@ from .gating import add_skip_gates
 from .group_outcomes import class_outcomes
 from .model_card import write_model_card
 from .modeling_costeff import CostEffForSequenceClassification
-from .recipes import Phase
+from .recipes import Phase, check_ranges
 from .report import SKIPPING, describe_hardware, without_folders
 from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
 from .skip_training import check_skip_settings
-from .staged_run import Stage, StagedRun, settings_key
+from .staged_run import Stage, StagedRun, settings_key, settings_of_run
+from .trainer import check_teacher
 from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
 
 NO_GATES = "none"
@@ -113,7 +112,17 @@ class LayerSkippingArguments:
     seed: int = field(default=42, metadata={"help": "Of order, dropout and new weights."})
 
     def __post_init__(self) -> None:
-        if self.max_metric_drop is None and self.target_speedup is None:
+        goals = [name for name in GOALS if getattr(self, name) is not None]
+        if goals and not self.exit_epochs:
+            raise ValueError(
+                f"`{goals[0]}` is {getattr(self, goals[0])}, a goal of exits, and `exit_epochs` is 0: none is trained. "
+                "Leave one out."
+            )
+        if self.target_layers is not None and not self.epochs:
+            raise ValueError(
+                f"`target_layers` is {self.target_layers:g}, and `epochs` is 0: gates do not learn. Leave one out."
+            )
+        if not goals:
             self.max_metric_drop = 0.5
         for name, known in (
             ("gates", (None, NO_GATES, *SKIP_GATES)),
@@ -123,12 +132,8 @@ class LayerSkippingArguments:
             if getattr(self, name) not in known:
                 choices = ", ".join(str(choice) for choice in known if choice is not None)
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. It must be one of {choices}.")
-        for name, least in (("epochs", 0), ("exit_epochs", 0), ("batch_size", 1), ("seed", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be at least {least}, and finite.")
-        for name in ("learning_rate", "exit_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. It must be above 0, and finite.")
+        least = {"epochs": 0, "exit_epochs": 0, "batch_size": 1, "seed": 0}
+        check_ranges(self, least, above_zero=("learning_rate", "exit_learning_rate"))
         if self.gates == NO_GATES and self.target_layers is not None:
             raise ValueError("`target_layers` needs gates, and `gates` is 'none'. Leave one out.")
 
@@ -220,6 +225,8 @@ class LayerSkipping(StagedRun):
         )
         self._take_rows(rows, tokenizer, arguments.metric)
         self.start = self._with_gates(given)
+        if self.teacher is not None:
+            check_teacher(self.teacher.config, self.start.config)
         self._check()
 
     def _with_gates(self, given: PreTrainedModel) -> CostEffForSequenceClassification:
@@ -327,25 +334,16 @@ class LayerSkipping(StagedRun):
     def run(self) -> LayerSkippingResult:
         """Go through the stages that are not done yet, then calibrate and report."""
         stages = [Stage.of_model(name, partial(self._train, name)) for name in self.trainings]
-        self._go_through(stages, self._settings())
+        settings = settings_of_run(
+            self.arguments, self.data, self.given, self.teacher, without=(*GOALS, *OF_EXITS), fresh=self.missing
+        )
+        self._go_through(stages, settings)
         return self._report(stages)
 
     def _named_settings(self) -> dict[str, Any]:
         """What was asked for, where the rows came from included, as a report tells it."""
         rows = {} if self.data_arguments is None else vars(self.data_arguments)
         return {**rows, **vars(self.arguments)}
-
-    def _settings(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.arguments)
-        for name in ("output_dir", *GOALS, *OF_EXITS):
-            del settings[name]
-        return {
-            **settings,
-            "model_fingerprint": fingerprint_of(self.given, without=self.missing),
-            "teacher_fingerprint": None if self.teacher is None else fingerprint_of(self.teacher),
-            "data_fingerprint": self.data.fingerprint(),
-            "max_length": self.data.max_length,
-        }
 
     def _train(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         model = self._prepared(self.start) if stage == BACKBONE else self._load(BACKBONE)

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 AUTO = "auto"
 WEAK_EXITS = 0.92
 """Exits are weak if the mean of the metric over all of them is less than this share of the last one's."""
+
+
+def check_ranges(arguments: object, at_least: Mapping[str, float], above_zero: Sequence[str] = ()) -> None:
+    """Refuse settings that no training can use.
+
+    Args:
+        arguments: Of a recipe.
+        at_least: Setting -> the least that it may be.
+        above_zero: Settings of which 0 is too little.
+
+    Raises:
+        ValueError: Naming the first that is out of range, or not finite.
+    """
+    for name, least in at_least.items():
+        if not least <= getattr(arguments, name) < math.inf:
+            raise ValueError(f"`{name}` is {getattr(arguments, name)}. It must be at least {least:g}, and finite.")
+    for name in above_zero:
+        if not 0 < getattr(arguments, name) < math.inf:
+            raise ValueError(f"`{name}` is {getattr(arguments, name)}. It must be above 0, and finite.")
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from transformers import (
 from transformers.utils import logging
 
 from .block_training import Regularizer
-from .checksums import fingerprint
+from .checksums import fingerprint, fingerprint_of
 from .configuration_cascade import require_single_model
 from .data import PreparedData, make_collator
 from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
 from .evaluation import row_keys
 from .metrics import check_metric, default_metric
 from .recipes import Phase
-from .stages import StageStore, working_dir
+from .stages import StageStore, working_folder
 from .trainer import CostEffTrainer, ResumableTrainer
 from .training_args import CostEffTrainingArguments
 
@@ -61,6 +61,35 @@ class Stage:
 def settings_key(arguments: object, names: Sequence[str]) -> str:
     """Short name of these settings, for stages that others may stand beside."""
     return fingerprint(repr(getattr(arguments, name)) for name in names)[:8]
+
+
+def settings_of_run(
+    arguments: Any,
+    data: PreparedData,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    *,
+    without: Sequence[str],
+    fresh: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Everything that decides what a run makes of a model, as [`StageStore`] wants it.
+
+    Args:
+        arguments: Of the recipe, a dataclass.
+        data: The rows.
+        model: What the run starts from.
+        teacher: What it learns from, if anything.
+        without: Arguments that decide nothing, or name the stages that they decide.
+        fresh: Weights of the model that were drawn just now.
+    """
+    wanted = {name: value for name, value in vars(arguments).items() if name not in ("output_dir", *without)}
+    return {
+        **wanted,
+        "model_fingerprint": fingerprint_of(model, without=fresh),
+        "teacher_fingerprint": None if teacher is None else fingerprint_of(teacher),
+        "data_fingerprint": data.fingerprint(),
+        "max_length": data.max_length,
+    }
 
 
 class StagedRun:
@@ -134,7 +163,7 @@ class StagedRun:
         """
         return stage_arguments(
             kind,
-            str(working_dir(self.output_dir, stage)),
+            str(working_folder(self.output_dir, stage)),
             phase,
             len(self.data.train),
             batch_size=batch_size,

@@ -48,7 +48,7 @@ class StageStore:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         for finished in self.folder.glob(f"*/{RECORD_FILE}"):  # what a kill just after a rename left behind
-            shutil.rmtree(working_dir(output_dir, finished.parent.name), ignore_errors=True)
+            shutil.rmtree(working_folder(output_dir, finished.parent.name), ignore_errors=True)
         if not run_file.exists():
             draft = run_file.with_suffix(".draft")
             draft.write_text(json.dumps(wanted, indent=1))
@@ -81,12 +81,6 @@ class StageStore:
         """Write down which rows are trained on, as digests, for [`train_keys`]."""
         np.save(self.folder / TRAIN_KEYS, np.array(keys, dtype=np.uint64))
 
-    def working_dir(self, name: str) -> Path:
-        """Where an unfinished stage keeps its checkpoints; made if it is not there."""
-        path = working_dir(self.output_dir, name)
-        path.mkdir(exist_ok=True)
-        return path
-
     def is_finished(self, name: str) -> bool:
         """Whether a stage was saved and marked done."""
         return (self.folder / name / RECORD_FILE).exists()
@@ -106,7 +100,7 @@ class StageStore:
         (draft / RECORD_FILE).write_text(json.dumps(record, indent=1))
         write_checksums(draft)
         draft.rename(self.folder / name)
-        shutil.rmtree(working_dir(self.output_dir, name), ignore_errors=True)
+        shutil.rmtree(working_folder(self.output_dir, name), ignore_errors=True)
 
     def record(self, name: str) -> dict[str, Any]:
         """What a finished stage wrote down."""
@@ -127,7 +121,7 @@ class StageStore:
         return path
 
 
-def working_dir(output_dir: str | Path, name: str) -> Path:
+def working_folder(output_dir: str | Path, name: str) -> Path:
     """Where an unfinished stage of a run keeps its checkpoints, whether there is a run yet or not.
 
     Args:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy
 from transformers.utils import logging
@@ -58,6 +58,30 @@ class TeacherSignals:
     hidden_states: tuple[Tensor, ...]
 
 
+def check_teacher(teacher: PreTrainedConfig, student: CostEffConfig) -> None:
+    """Refuse a teacher whose answers mean other labels than the student's.
+
+    Args:
+        teacher: Config of a stock classifier or a multi-exit model.
+        student: Config of what is to learn from it.
+
+    Raises:
+        ValueError: If the numbers of labels differ, or both have names and these differ.
+    """
+    if teacher.num_labels != student.num_labels:
+        raise ValueError(
+            f"The teacher has {teacher.num_labels} labels and the student {student.num_labels}. "
+            "Build the student from the teacher, or give both the same `num_labels`."
+        )
+    names = label_names(teacher), label_names(student)
+    if None not in names and names[0] != names[1]:
+        raise ValueError(
+            f"The teacher has the labels {list(teacher.id2label.values())} and the student "
+            f"{list(student.id2label.values())}. Its answers are taken by their order, so give both the same "
+            "`id2label`."
+        )
+
+
 class Teacher:
     """A frozen classifier and how its layers and exits map onto a student's.
 
@@ -67,23 +91,8 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, student: CostEffConfig, soft_label_exit: str = "same") -> None:
-        """Freeze the teacher and check that it can teach.
-
-        Raises:
-            ValueError: If the numbers of labels differ, or both have names and these differ.
-        """
-        if model.config.num_labels != student.num_labels:
-            raise ValueError(
-                f"The teacher has {model.config.num_labels} labels and the student {student.num_labels}. "
-                "Build the student from the teacher, or give both the same `num_labels`."
-            )
-        names = label_names(model.config), label_names(student)
-        if None not in names and names[0] != names[1]:
-            raise ValueError(
-                f"The teacher has the labels {list(model.config.id2label.values())} and the student "
-                f"{list(student.id2label.values())}. Its answers are taken by their order, so give both the same "
-                "`id2label`."
-            )
+        """Freeze the teacher and check that it can teach, see [`check_teacher`]."""
+        check_teacher(model.config, student)
         self.model = model.requires_grad_(False).eval()
         self.accepted = set(inspect.signature(model.forward).parameters)
         depth, width = model.config.num_hidden_layers, model.config.hidden_size
