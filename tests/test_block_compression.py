@@ -12,9 +12,10 @@ from transformers import AutoModelForSequenceClassification
 from helpers import save_named, sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import CostEffTrainer, block_compression, cli
 from hf_costeff.block_compression import BlockPruning, BlockPruningArguments, BlockPruningResult, block_prune
-from hf_costeff.block_pruning import block_matrices
+from hf_costeff.block_pruning import block_energies, block_matrices
 from hf_costeff.mask_files import load_masks
 from hf_costeff.packed_linear import PackedLinear
+from hf_costeff.stages import train_keys
 
 SHORT = {"penalty_epochs": 0.2, "retrain_epochs": 0.2, "batch_size": 8, "columns": 4}
 
@@ -106,6 +107,35 @@ def test_ratios_share_the_penalised_model(folder, monkeypatch):
     assert len(list((folder / "packed" / "stages").glob("prune-*"))) == 2
 
 
+def test_blocks_are_ranked_by_taylor_scores_of_the_penalised_model_or_by_magnitude(folder, monkeypatch):
+    settings = {"ratio": 0.5, "penalty_epochs": 0, "retrain_epochs": 0}
+    seen = []
+
+    def weakest_first(model, blocks, batches, loss, embeddings):
+        seen.extend((loss(model, batch).item(), batch) for batch in batches)
+        return {name: -energies for name, energies in block_energies(model, blocks, embeddings).items()}
+
+    monkeypatch.setattr(block_compression, "compute_block_importance", weakest_first)
+    found = {}
+    for importance in ("taylor", "magnitude"):
+        prune(folder, importance=importance, **settings)
+        newest = max((folder / "packed" / "stages").glob("prune-*"), key=lambda path: path.stat().st_mtime_ns)
+        found[importance] = load_masks(newest / "masks.safetensors").masks
+    for name, kept in found["magnitude"].items():
+        assert kept.float().mean() == pytest.approx(0.5, abs=0.05)
+        assert torch.equal(found["taylor"][name], ~kept)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "packed" / "stages" / "penalty").eval()
+    value, batch = seen[0]
+    logits = model.predict(batch["input_ids"], batch["attention_mask"], early_exit=False).logits
+    assert value == pytest.approx(torch.nn.functional.cross_entropy(logits, batch["labels"]).item(), abs=0.02)
+    assert sum(len(batch["labels"]) for _, batch in seen) == len(train_keys(folder / "packed"))
+
+
+def test_a_threshold_is_a_magnitude():
+    arguments = BlockPruningArguments("model", "packed", threshold=0.1)
+    assert arguments.importance == "magnitude" and BlockPruningArguments("model", "packed").importance == "taylor"
+
+
 def test_a_run_whose_rows_were_cut_at_another_length_is_refused(folder, monkeypatch):
     def killed(self):
         raise KeyboardInterrupt
@@ -154,6 +184,8 @@ def test_proximal_steps_want_a_tenth_of_the_strength():
         ({"columns": 40}, "A block of 40 columns is larger than"),
         ({"ratio": 1.0}, "`ratio` is 1.0"),
         ({"ratio": 0.5, "threshold": 0.1}, "either `ratio` or `threshold`"),
+        ({"importance": "norm"}, "`importance` is 'norm'. It must be magnitude or taylor"),
+        ({"importance": "taylor", "threshold": 0.1}, "A `threshold` is a magnitude"),
         ({"penalty_epochs": -1.0}, "`penalty_epochs` is -1.0"),
         ({"penalty_epochs": float("inf")}, "`penalty_epochs` is inf"),
         ({"batch_size": 0}, "`batch_size` is 0"),

@@ -19,15 +19,19 @@ from typing import Any, cast
 
 import datasets
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from .block_pruning import EMBEDDINGS, BlockMasks, BlockShape, prune_blocks, zero_blocks
+from .block_pruning import EMBEDDINGS, BlockMasks, BlockShape, compute_block_importance, prune_blocks, zero_blocks
 from .block_training import BlockPenalty, MaskedTraining, Regularizer
 from .checkpoints import load_classifier, load_tokenizer
 from .conversion import convert_from_stock
 from .data import DataArguments, prepare_data
+from .distillation import random_batches
 from .efficiency import count_parameters, measure_alternating
-from .evaluation import collect_exit_logits
+from .evaluation import collect_exit_logits, model_inputs
+from .exit_criteria import answers
+from .losses import task_loss
 from .mask_files import load_masks, save_masks
 from .metrics import compute_metrics
 from .modeling_costeff import CostEffForSequenceClassification
@@ -41,7 +45,12 @@ from .training_args import CostEffTrainingArguments
 
 MASKS = "masks.safetensors"
 REPORT = "block_pruning.json"
-PRUNING = ("ratio", "threshold", "across_matrices", "allow_empty", "retrain_epochs", "retrain_learning_rate")
+MAGNITUDE, TAYLOR = "magnitude", "taylor"
+IMPORTANCE_ROWS = 640
+PRUNING = (
+    *("ratio", "threshold", "importance", "across_matrices", "allow_empty"),
+    *("retrain_epochs", "retrain_learning_rate"),
+)
 
 
 @dataclass
@@ -55,6 +64,12 @@ class BlockPruningArguments:
     )
     ratio: float | None = field(default=None, metadata={"help": "Share of the blocks to prune. Default: 0.5."})
     threshold: float | None = field(default=None, metadata={"help": "Prune blocks of a smaller norm, instead."})
+    importance: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rank blocks by magnitude (the paper's) or taylor. Default: taylor; a threshold is a magnitude."
+        },
+    )
     across_matrices: bool = field(default=False, metadata={"help": "One budget for all matrices together."})
     allow_empty: bool = field(default=False, metadata={"help": "A matrix may lose all its blocks."})
     rows: int | None = field(default=None, metadata={"help": "Rows of a block. Default: 1."})
@@ -84,6 +99,12 @@ class BlockPruningArguments:
     def __post_init__(self) -> None:
         if self.ratio is None and self.threshold is None:
             self.ratio = 0.5
+        if self.importance not in (None, MAGNITUDE, TAYLOR):
+            raise ValueError(f"`importance` is {self.importance!r}. It must be {MAGNITUDE} or {TAYLOR}.")
+        if self.importance == TAYLOR and self.threshold is not None:
+            raise ValueError("A `threshold` is a magnitude, and `importance` is 'taylor'. Leave one out.")
+        if self.importance is None:
+            self.importance = TAYLOR if self.threshold is None else MAGNITUDE
         if (self.rows, self.columns, self.row_slabs, self.column_slabs) == (None,) * 4:
             self.column_slabs = 4
         if self.strength is None:
@@ -198,6 +219,11 @@ class BlockPruning(StagedRun):
             max_positions=self.start.config.longest_text,
         )
         self._take_rows(rows, tokenizer, arguments.metric)
+        if arguments.importance == TAYLOR and self.teacher is None and "labels" not in self.data.train.column_names:
+            raise ValueError(
+                "`importance` is 'taylor', and the training rows have neither labels nor a teacher to be scored by. "
+                "Name a `teacher`, or set `importance` to 'magnitude'."
+            )
 
     def run(self) -> BlockPruningResult:
         """Go through the stages that are not done yet, then pack and report."""
@@ -215,25 +241,52 @@ class BlockPruning(StagedRun):
     def _classifier(self, name: str) -> PreTrainedModel:
         return self._prepared(load_classifier(name, dtype=torch.float32))
 
-    def _prune(self, model: Any) -> BlockMasks:
+    def _prune(self, model: Any, scores: dict[str, Tensor] | None = None) -> BlockMasks:
         wanted = self.arguments
         return prune_blocks(
             model,
             wanted.blocks(),
             ratio=wanted.ratio,
             threshold=wanted.threshold,
+            scores=scores,
             across_matrices=wanted.across_matrices,
             embeddings=wanted.embeddings,
             allow_empty=wanted.allow_empty,
         )
 
     def _choose_blocks(self) -> tuple[Callable[[Path], Any], dict[str, Any]]:
-        masks = self._prune(self._load("penalty"))
+        model = self._load("penalty")
+        masks = self._prune(model, self._taylor_scores(model) if self.arguments.importance == TAYLOR else None)
         record = {
             "compression": _finite(masks.compression),
             **{name: getattr(self.arguments, name) for name in PRUNING},
         }
         return lambda folder: save_masks(masks, folder / MASKS), record
+
+    def _taylor_scores(self, model: Any) -> dict[str, Tensor]:
+        """Of the blocks, on training rows and their labels, or what the teacher says where they have none."""
+        wanted = self.arguments
+        batches = random_batches(
+            self.data.train,
+            self.collator,
+            rows=IMPORTANCE_ROWS,
+            batch_size=wanted.batch_size,
+            device=self.device,
+            seed=wanted.seed,
+            description="Importance of the blocks",
+        )
+        return compute_block_importance(model, wanted.blocks(), batches, self._loss_of_labels, wanted.embeddings)
+
+    def _loss_of_labels(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            exit_logits = model(**model_inputs(model, batch)).exit_logits
+            labels = batch["labels"] if "labels" in batch else self._answers_of_teacher(batch)
+        return task_loss(exit_logits, labels, self.data.problem_type)
+
+    @torch.no_grad()
+    def _answers_of_teacher(self, batch: dict[str, Tensor]) -> Tensor:
+        teacher = cast(PreTrainedModel, self.teacher)
+        return answers(teacher(**model_inputs(teacher, batch)).logits, self.data.problem_type)
 
     def _masks(self, stage: str) -> BlockMasks:
         return load_masks(self.store.files(stage) / MASKS)
