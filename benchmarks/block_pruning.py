@@ -6,8 +6,8 @@
     python benchmarks/block_pruning.py speed --model DIR
 
 `quality` compares, per seed and ratio: blocks pruned after reweighted group Lasso, after plain group Lasso, after
-proximal reweighted steps, and at once by magnitude ("one-shot": the same training without a penalty). One penalised run
-serves every ratio. The dense row is the same model trained as long without pruning. `--model` is a fine-tuned
+proximal reweighted steps, and at once (the same training without a penalty). They are ranked by Taylor scores, but for
+"one-shot", which is by magnitude; "one-shot by taylor" is the other. One penalised run serves every ratio. The dense row is the same model trained as long without pruning. `--model` is a fine-tuned
 classifier, or a slim multi-exit model, which is pruned on top. `size` and `speed` need no data: they prune by magnitude
 and look at the file, and at CPU time of the whole encoder in alternation, on one thread, batch 32 of 64 tokens and
 batch 1. Rows go to benchmarks/results/block-<what>.json one by one, so an interrupted run goes on.
@@ -42,13 +42,17 @@ from real_run import METRIC, SPLITS
 from results_file import RESULTS, ResultsFile
 
 RATIOS = (0.3, 0.5, 0.6, 0.8)  # 1.43, 2, 2.5 and 5 times fewer weights
-SETTINGS = ("column_slabs", "penalty_epochs", "retrain_epochs", "learning_rate", "retrain_learning_rate")
+SETTINGS = (
+    *("column_slabs", "batch_size", "penalty_epochs", "retrain_epochs"),
+    *("learning_rate", "retrain_learning_rate"),
+)
 """Flags that decide what the rows of a quality file say, beside those in their names."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "reweighted": {},
     "plain": {"reweighted": False},
     "proximal": {"proximal": True},
-    "one-shot": {"strength": 0.0},
+    "one-shot": {"strength": 0.0, "importance": "magnitude"},
+    "one-shot by taylor": {"strength": 0.0},
 }
 SHAPES = {
     **{f"rows of {width} columns": BlockShape(columns=width) for width in (8, 9, 10, 16, 32, 48, 96, 128, 192)},
@@ -75,15 +79,11 @@ def quality(given: argparse.Namespace) -> None:
             arguments = BlockPruningArguments(
                 model=given.model,
                 teacher=given.teacher,
-                output_dir=str(Path(given.runs) / f"block-{given.task}-{given.name}-{variant}-{seed}"),
+                output_dir=folder(given, variant, seed),
                 ratio=ratio,
-                column_slabs=given.column_slabs,
                 metric=metric,
                 seed=seed,
-                penalty_epochs=given.penalty_epochs,
-                retrain_epochs=given.retrain_epochs,
-                learning_rate=given.learning_rate,
-                retrain_learning_rate=given.retrain_learning_rate,
+                **settings,
                 **VARIANTS[variant],
             )
             data = DataArguments(dataset=given.data, dataset_config=given.task, **SPLITS.get(given.task, {}))
@@ -99,6 +99,16 @@ def quality(given: argparse.Namespace) -> None:
                 "parameters": result.parameters,
             }
             results.add(name, row)
+
+
+def folder(given: argparse.Namespace, variant: str, seed: int) -> str:
+    """Of a run, one for all variants with the same penalty: its name is that of the first of them."""
+
+    def penalty(name: str) -> dict[str, Any]:
+        return {setting: value for setting, value in VARIANTS[name].items() if setting != "importance"}
+
+    first = next(name for name in VARIANTS if penalty(name) == penalty(variant))
+    return str(Path(given.runs) / f"block-{given.task}-{given.name}-{first}-{seed}")
 
 
 def exit_metrics(job: BlockPruning, metric: str) -> dict[str, list[float]]:
@@ -235,6 +245,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--column_slabs", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--penalty_epochs", type=float, default=4.0)
     parser.add_argument("--retrain_epochs", type=float, default=4.0)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
