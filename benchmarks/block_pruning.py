@@ -7,10 +7,11 @@
 
 `quality` compares, per seed and ratio: blocks pruned after reweighted group Lasso, after plain group Lasso, after
 proximal reweighted steps, and at once (the same training without a penalty). They are ranked by Taylor scores, but for
-"one-shot", which is by magnitude; "one-shot by taylor" is the other. One penalised run serves every ratio. The dense row is the same model trained as long without pruning. `--model` is a fine-tuned
-classifier, or a slim multi-exit model, which is pruned on top. `size` and `speed` need no data: they prune by magnitude
-and look at the file, and at CPU time of the whole encoder in alternation, on one thread, batch 32 of 64 tokens and
-batch 1. Rows go to benchmarks/results/block-<what>.json one by one, so an interrupted run goes on.
+"one-shot", which is by magnitude; "one-shot by taylor" is the other. One penalised run serves every ratio. The dense
+row is the same model trained as long without pruning. `--model` is a fine-tuned classifier, or a slim multi-exit model,
+which is pruned on top. `size` and `speed` need no data: they prune by magnitude and look at the file, and at CPU time
+of the whole encoder in alternation, on one thread, batch 32 of 64 tokens and batch 1. Rows go to
+benchmarks/results/block-<what>.json one by one, so an interrupted run goes on.
 """
 
 from __future__ import annotations

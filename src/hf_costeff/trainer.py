@@ -240,8 +240,8 @@ class CostEffTrainer(ResumableTrainer):
     A model with skip gates is trained with soft, then with hard weights, and evaluated as it will predict: `layers_run`
     is what a row runs on average at full depth, and `eval_<metric>` thus the metric with skipping alone. With
     `target_layers` there are also `layers_run_by_flops`, which counts each layer by its FLOPs, and
-    `eval_<metric>_on_target`, the metric less 10 for every such layer beyond the target and a twentieth of the depth,
-    to keep a checkpoint by.
+    `eval_<metric>_on_target`, to keep a checkpoint by: the metric less a point for every hundredth of the depth beyond
+    the target and a twentieth.
 
     Checkpoints carry checksums: `train(resume_from_checkpoint=True)` takes the newest one that is whole.
 
@@ -534,9 +534,9 @@ class CostEffTrainer(ResumableTrainer):
         found = {"layers_run": float(shares.sum())}
         if target is not None:
             by_flops = float(shares @ torch.tensor(relative_layer_flops(config)))
-            beyond = max(0.0, by_flops - target - config.num_hidden_layers / 20)
+            beyond = max(0.0, (by_flops - target) / config.num_hidden_layers - 0.05)
             found["layers_run_by_flops"] = by_flops
-            found |= {f"{name}_on_target": value - 10 * beyond for name, value in metrics.items()}
+            found |= {f"{name}_on_target": value - beyond for name, value in metrics.items()}
         return found
 
     def _default_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
