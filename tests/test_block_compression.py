@@ -61,7 +61,7 @@ def test_a_slim_multi_exit_model_keeps_its_exits(folder):
 
 
 def test_a_ratio_of_one_leaves_nothing_of_the_matrices_and_says_so(folder):
-    result = prune(folder, ratio=1.0, allow_empty=True, penalty_epochs=0, retrain_epochs=0)
+    result = prune(folder, "slim", ratio=1.0, allow_empty=True, penalty_epochs=0, retrain_epochs=0)
     assert result.compression is None and "Pruned matrices: nothing is left." in result.describe()
     for file in (result.model_path / "block_pruning.json", stages(folder)["prune"] / "stage.json"):
         assert json.loads(file.read_text(), parse_constant=pytest.fail)["compression"] is None
@@ -118,12 +118,12 @@ def test_blocks_are_ranked_by_taylor_scores_of_the_penalised_model_or_by_magnitu
     monkeypatch.setattr(block_compression, "compute_block_importance", weakest_first)
     found = {}
     for importance in ("taylor", "magnitude"):
-        prune(folder, importance=importance, **settings)
+        prune(folder, "slim", importance=importance, **settings)
         newest = max((folder / "packed" / "stages").glob("prune-*"), key=lambda path: path.stat().st_mtime_ns)
         found[importance] = load_masks(newest / "masks.safetensors").masks
     for name, kept in found["magnitude"].items():
         assert kept.float().mean() == pytest.approx(0.5, abs=0.05)
-        assert torch.equal(found["taylor"][name], ~kept)
+        assert (found["taylor"][name] == kept).sum() <= kept.numel() % 2  # the middle one of an odd number
     model = AutoModelForSequenceClassification.from_pretrained(folder / "packed" / "stages" / "penalty").eval()
     value, batch = seen[0]
     logits = model.predict(batch["input_ids"], batch["attention_mask"], early_exit=False).logits
@@ -186,6 +186,7 @@ def test_proximal_steps_want_a_tenth_of_the_strength():
         ({"ratio": 0.5, "threshold": 0.1}, "either `ratio` or `threshold`"),
         ({"importance": "norm"}, "`importance` is 'norm'. It must be magnitude or taylor"),
         ({"importance": "taylor", "threshold": 0.1}, "A `threshold` is a magnitude"),
+        ({"penalty_epochs": 0.0}, "the exit that a stock classifier gets would be as it was drawn"),
         ({"penalty_epochs": -1.0}, "`penalty_epochs` is -1.0"),
         ({"penalty_epochs": float("inf")}, "`penalty_epochs` is inf"),
         ({"batch_size": 0}, "`batch_size` is 0"),
@@ -208,7 +209,20 @@ def test_what_cannot_work_is_refused_before_training(folder, settings, error, mo
 
 def test_the_command_prunes_and_says_what_came_of_it(folder, capsys):
     sentence_rows(300).to_csv(folder / "rows.csv")
-    words = ["--penalty_epochs", "0", "--retrain_epochs", "0", "--rows", "3", "--columns", "1", "--ratio", "0.3"]
+    words = [
+        "--penalty_epochs",
+        "0",
+        "--importance",
+        "magnitude",
+        "--retrain_epochs",
+        "0",
+        "--rows",
+        "3",
+        "--columns",
+        "1",
+        "--ratio",
+        "0.3",
+    ]
     files = ["--train_file", str(folder / "rows.csv"), "--output_dir", str(folder / "packed")]
     assert cli.main(["block-prune", str(folder / "stock"), *words, *files]) == 0
     assert "1.4" in capsys.readouterr().out

@@ -196,6 +196,12 @@ class BlockPruning(StagedRun):
         self.teacher = None if arguments.teacher is None else self._classifier(arguments.teacher)
         if isinstance(self.given, CostEffForSequenceClassification):
             self.start = copy.deepcopy(self.given)  # which the report is to measure as it came
+        elif arguments.importance == TAYLOR and not arguments.penalty_epochs:
+            raise ValueError(
+                "`penalty_epochs` is 0, so the exit that a stock classifier gets would be as it was drawn when blocks "
+                "are ranked, and `importance` 'taylor' looks at its mistakes. Train first, or set `importance` to "
+                "'magnitude'."
+            )
         else:
             torch.manual_seed(arguments.seed)
             self.start = convert_from_stock(self.given, exit_layers=[self.given.config.num_hidden_layers])
