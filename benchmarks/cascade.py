@@ -36,6 +36,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, se
 
 from hf_costeff import CostEffCascade, CostEffTrainer, CostEffTrainingArguments, ExitConfig, convert_from_stock
 from hf_costeff.calibration import ExitSearch, choose_exit_config
+from hf_costeff.calibration_goals import UnreachableGoalError
 from hf_costeff.cascade_costs import cascade_flops, member_flops
 from hf_costeff.checkpoints import load_tokenizer
 from hf_costeff.data import DataArguments, make_collator, prepare_data
@@ -200,7 +201,7 @@ class Bench:
                     reference_flops=self.reference["calibration"],
                     search=ExitSearch(criterion),
                 )
-            except ValueError as error:  # beyond what leaving first of all can give
+            except UnreachableGoalError as error:
                 found[f"{target:g}x"] = {"unreachable": str(error)}
                 continue
             exits = replay.at(settings)

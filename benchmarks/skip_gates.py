@@ -31,6 +31,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_costeff import CostEffForSequenceClassification
 from hf_costeff.calibration import ExitSearch, choose_exit_config
+from hf_costeff.calibration_goals import UnreachableGoalError
 from hf_costeff.charts import new_figure
 from hf_costeff.configuration_costeff import SKIP_GATES
 from hf_costeff.data import DataArguments
@@ -182,7 +183,7 @@ def at_speedup(
             reference_flops=ungated["calibration"].mean_flops,
             search=ExitSearch(fit_temperatures=False),
         )
-    except ValueError as error:
+    except UnreachableGoalError as error:
         return {"out_of_reach": str(error)}
     exits = reported.at(settings)
     return {

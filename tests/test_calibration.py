@@ -27,7 +27,7 @@ from hf_costeff.calibration import (
     exit_curve,
     fit_temperatures,
 )
-from hf_costeff.calibration_goals import check_goal
+from hf_costeff.calibration_goals import UnreachableGoalError, check_goal
 from hf_costeff.efficiency import mean_flops
 from hf_costeff.exit_criteria import ExitConfig, simulate_exits
 from hf_costeff.exit_replay import ExitLogits, ExitOutcome, ExitReplay, ExitTimes
@@ -203,7 +203,7 @@ def test_the_speed_up_may_be_measured_against_a_teacher():
 
 def test_a_speed_up_out_of_reach_says_the_largest():
     largest = FULL_DEPTH / flops_at(1, 1)
-    with pytest.raises(ValueError, match=f"speed-up of 30 cannot be reached: .* it is {largest:.2f}"):
+    with pytest.raises(UnreachableGoalError, match=f"speed-up of 30 cannot be reached: .* it is {largest:.2f}"):
         choose(records_of(ROWS), CONFIG, "accuracy", target_speedup=30)
     exactly = choose(records_of(ROWS), CONFIG, "accuracy", target_speedup=largest)
     assert exactly.calibration["mean_exit_layer"] == 1.0

@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from transformers.utils import logging
 
-from .calibration_goals import BUDGETS, GOALS, check_goal, default_criterion
+from .calibration_goals import BUDGETS, GOALS, UnreachableGoalError, check_goal, default_criterion
 from .configuration_cascade import CostEffCascadeConfig
 from .exit_criteria import (
     CRITERIA,
@@ -392,7 +392,8 @@ def choose_exit_config(
         `"no_promise"` says why.
 
     Raises:
-        ValueError: Not exactly one goal, a goal out of range or out of reach, or rows that cannot serve it.
+        ValueError: Not exactly one goal, a goal out of range, or rows that cannot serve it; as
+            [`hf_costeff.calibration_goals.UnreachableGoalError`], a budget out of reach.
     """
     search = search or ExitSearch()
     goals = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_megaflops, max_latency_ms)
@@ -495,7 +496,7 @@ def _reaching(
             "max_megaflops": (f"A mean of {limit:g} million FLOPs", f"{least / 1e6:.3g} million", "more"),
             "max_latency_ms": (f"A mean latency of {limit:g} ms", f"{least:.3g} ms", "more"),
         }[goal]
-        raise ValueError(
+        raise UnreachableGoalError(
             f"{asked} cannot be reached: with every row leaving as early as it can it is {most}. Ask for {remedy}, "
             "or compress further."
         )

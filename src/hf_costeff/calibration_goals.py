@@ -16,6 +16,10 @@ BUDGETS = ("target_speedup", "max_megaflops", "max_latency_ms")
 GOALS = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", *BUDGETS)
 
 
+class UnreachableGoalError(ValueError):
+    """A budget that no settings keep to on the rows at hand."""
+
+
 def default_criterion(problem_type: str) -> str:
     """Name of the criterion that thresholds are chosen for unless the user names another."""
     return "patience" if problem_type == REGRESSION else "entropy"
