@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -96,6 +98,21 @@ def test_an_answer_follows_weights_that_change(layout):
         torch.testing.assert_close(layer(inputs), functional.linear(inputs, 2 * full, layer.bias), rtol=1e-5, atol=1e-5)
         layer.load_state_dict({**layer.state_dict(), "values": layer.values / 2})
         torch.testing.assert_close(layer(inputs), functional.linear(inputs, full, layer.bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
+def test_a_layer_that_has_answered_can_be_copied(layout, twin):
+    layer, full = filled(SQUARES)
+    layer.set_layout(layout)
+    inputs = torch.randn(4, 10)
+    with torch.no_grad():
+        answer = layer(inputs)
+        copied = twin(layer)
+        layer.values.zero_()
+        torch.testing.assert_close(copied(inputs), answer)
 
 
 def test_mixed_precision_takes_the_same_way():

@@ -153,6 +153,10 @@ class PackedLinear(nn.Module):
         """Free what was prepared for the layouts that have been used; it is made again when it is needed."""
         self._ready = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, without what was prepared: torch cannot copy block-sparse rows."""
+        return {**super().__getstate__(), "_ready": {}}
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Shape (..., in_features) to (..., out_features)."""
         learns = torch.is_grad_enabled() and self.values.requires_grad
