@@ -101,18 +101,16 @@ def test_an_answer_follows_weights_that_change(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "twin", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
-)
-def test_a_layer_that_has_answered_can_be_copied(layout, twin):
-    layer, full = filled(SQUARES)
+def test_a_layer_that_has_answered_can_be_copied(layout):
+    layer, _ = filled(SQUARES)
     layer.set_layout(layout)
     inputs = torch.randn(4, 10)
     with torch.no_grad():
         answer = layer(inputs)
-        copied = twin(layer)
+        twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
         layer.values.zero_()
-        torch.testing.assert_close(copied(inputs), answer)
+        for twin in twins:
+            torch.testing.assert_close(twin(inputs), answer)
 
 
 def test_mixed_precision_takes_the_same_way():
