@@ -167,7 +167,7 @@ def test_a_gated_regression_without_settings_is_reported_at_full_depth(tmp_path)
     records = ExitLogits(logits, torch.full((30,), 8), values, skipped=skipped)
     config = config_of(num_labels=1, id2label={0: "score"}, exit_config=None, skip_gates="linear")
     text = write_exit_report(records, config, "spearman", tmp_path, markdown=True).read_text()
-    assert "spearman is 1.0000 at full depth and 1.0000 with early exit. A row leaves after layer 2.00 of 2 on" in text
+    assert "A row runs 1.00 of 2 layers on average, leaves after layer 2.00 and takes 1.00 times fewer" in text
     with pytest.raises(ValueError, match="The model has no exit settings"):
         write_exit_report(records, config_of(num_labels=1, exit_config=None), "spearman", tmp_path)
 

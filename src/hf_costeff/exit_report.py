@@ -120,11 +120,12 @@ def _blocks(replay: ExitReplay, metric: str, folder: Path, texts: Sequence[str] 
     chosen, full = replay.outcome(settings, metric), replay.full_depth.metric(metric)
     qualities = exit_qualities(replay, settings, metric)
     yield Heading("Who pays for early exit")
-    depth = f"{chosen.mean_exit_layer:.2f} of {config.num_hidden_layers}"
-    went = f"runs {depth} layers" if records.skipped is None else f"leaves after layer {depth}"
+    went = f"runs {replay.at(settings).mean_layers_run:.2f} of {config.num_hidden_layers} layers on average"
+    if records.skipped is not None:
+        went += f", leaves after layer {chosen.mean_exit_layer:.2f}"
     yield Paragraph(
         f"On {len(records.logits):,} rows {metric} is {full:.4f} at full depth and {chosen.metric:.4f} with early "
-        f"exit. A row {went} on average and takes "
+        f"exit. A row {went} and takes "
         f"{chosen.speedup:.2f} times fewer FLOPs than at full depth."
     )
     yield from _promised(settings)
