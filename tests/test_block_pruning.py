@@ -37,6 +37,11 @@ def rectangles(blocks, rows, columns):
             yield band, slab, slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
 
 
+def owner(name, row, rows):
+    """Which of the matrices that one holds a row is in: queries, keys and values lie one below the other."""
+    return row * 3 // rows if name.endswith("query_key_value") else 0
+
+
 @pytest.fixture
 def model():
     """Twelve hidden units, three heads of 4 and 16 neurons in each of four layers."""
@@ -82,14 +87,28 @@ def test_a_block_larger_than_a_matrix_is_refused_by_its_name(model, blocks):
 def test_a_ratio_prunes_the_weakest_blocks_of_every_matrix(model, blocks, ratio):
     masks = prune_blocks(model, blocks, ratio=ratio)
     for name, weight in block_matrices(model).items():
-        kept = masks.masks[name]
-        norms = torch.zeros(kept.shape)
+        competing = {}
         for band, slab, rows, columns in rectangles(blocks, *weight.shape):
-            norms[band, slab] = weight[rows, columns].norm()
-        bands = zip(norms, kept, strict=True) if blocks.balanced else [(norms.flatten(), kept.flatten())]
-        for values, mask in bands:
-            assert int((~mask).sum()) == min(round(ratio * len(mask)), len(mask) - 1)
-            assert mask.all() or values[mask].min() >= values[~mask].max()
+            among = (owner(name, rows.start, len(weight)), band if blocks.balanced else None)
+            kept = bool(masks.masks[name][band, slab])
+            competing.setdefault(among, []).append((weight[rows, columns].norm().item(), kept))
+        assert len(competing) > 1 or "query_key_value" not in name
+        for found in competing.values():
+            weak, strong = [norm for norm, kept in found if not kept], [norm for norm, kept in found if kept]
+            assert len(weak) == min(round(ratio * len(found)), len(found) - 1)
+            assert max(weak, default=0) <= min(strong)
+
+
+def test_values_are_pruned_among_themselves_however_small_they_are(model):
+    fused = "layers.0.attention.query_key_value"
+    with torch.no_grad():
+        model.costeff.layers[0].attention.query_key_value.weight[24:].mul_(0.01)
+    for settings in ({"ratio": 0.5}, {"ratio": 0.5, "scores": block_energies(model, BlockShape(columns=4))}):
+        kept = prune_blocks(model, BlockShape(columns=4), **settings).masks[fused]
+        assert [int(third.sum()) for third in kept.split(12)] == [18, 18, 18]
+    for settings in ({"threshold": 0.4}, {"ratio": 0.5, "across_matrices": True}):
+        kept = prune_blocks(model, BlockShape(columns=4), **settings).masks[fused]
+        assert int(kept[24:].sum()) == 1 and kept[:24].sum() > 1, "the best block of the values stays"
 
 
 def test_a_threshold_prunes_blocks_whose_norm_is_below_it(model):
@@ -119,10 +138,12 @@ def test_one_budget_across_matrices_keeps_the_densest_blocks_of_the_model(model)
 def test_a_matrix_is_emptied_only_if_that_is_asked_for(model):
     blocks = BlockShape(columns=4)
     tight = prune_blocks(model, blocks, ratio=0.9999)
-    assert all(int(mask.sum()) == 1 for mask in tight.masks.values())
+    counts = {name: int(mask.sum()) for name, mask in tight.masks.items()}
+    assert counts == {name: 3 if name.endswith("query_key_value") else 1 for name in counts}
     huge = prune_blocks(model, blocks, threshold=1e9)
     energies = block_energies(model, blocks)
-    assert all(mask.view(-1)[energies[name].argmax()] and mask.sum() == 1 for name, mask in huge.masks.items())
+    assert all(mask.view(-1)[energies[name].argmax()] for name, mask in huge.masks.items())
+    assert {name: int(mask.sum()) for name, mask in huge.masks.items()} == counts
     for settings in ({"ratio": 1}, {"threshold": 1e9}, {"ratio": 1, "across_matrices": True}):
         emptied = prune_blocks(model, blocks, **settings, allow_empty=True)
         assert not any(mask.any() for mask in emptied.masks.values()) and emptied.compression == float("inf")

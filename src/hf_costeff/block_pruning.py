@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -116,8 +117,8 @@ def _cut(size: int | None, count: int | None, length: int, otherwise: int, unit:
 def block_matrices(model: CostEffForSequenceClassification, embeddings: bool = False) -> dict[str, nn.Parameter]:
     """The weight matrices that are cut into blocks, by the name of their module in [`CostEffModel`].
 
-    The four of every layer; those of a layer without heads or neurons are left out. q, k and v are one matrix here,
-    where the paper has three.
+    The four of every layer; those of a layer without heads or neurons are left out. Queries, keys and values are one
+    matrix, in which the paper's three are ranked apart, see [`bands_of_matrices`].
 
     Args:
         model: A multi-exit classifier.
@@ -132,6 +133,32 @@ def block_matrices(model: CostEffForSequenceClassification, embeddings: bool = F
     names += [name for name in EMBEDDINGS if embeddings and getattr(base.embeddings, name.split(".")[1]) is not None]
     found = {name: base.get_parameter(f"{name}.weight") for name in names}
     return {name: weight for name, weight in found.items() if weight.numel()}
+
+
+def bands_of_matrices(blocks: BlockShape, name: str, rows: int, columns: int) -> list[int]:
+    """Bands of blocks that belong to each of the matrices that one of ours holds: queries, keys and values are three.
+
+    Each is ranked by itself: values are of a smaller scale than queries, and would go first. A band that
+    reaches into the next matrix belongs to the one that it begins in.
+
+    Args:
+        blocks: How the matrix is cut.
+        name: As in [`block_matrices`].
+        rows: Rows of the matrix.
+        columns: Columns of it.
+
+    Returns:
+        Numbers of bands, top to bottom, without those of matrices in which no band begins.
+
+    Example:
+        >>> bands_of_matrices(BlockShape(rows=5), "layers.0.attention.query_key_value", rows=12, columns=4)
+        [1, 1, 1]
+    """
+    height, _ = blocks.size_in(rows, columns, name)
+    matrices = 3 if name.endswith(".query_key_value") else 1
+    begins = [-(-matrix * (rows // matrices) // height) for matrix in range(matrices)]
+    bands = [stop - start for start, stop in pairwise([*begins, -(-rows // height)])]
+    return [count for count in bands if count]
 
 
 def block_energies(
@@ -270,15 +297,20 @@ def prune_blocks(
     scores = _checked(energies if scores is None else scores, energies)
     matrices = block_matrices(model, embeddings)
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in matrices.items()}
+    bands = {name: bands_of_matrices(blocks, name, *shape) for name, shape in shapes.items()}
     if threshold is not None:
         masks = {name: energies[name].cpu().sqrt() >= threshold for name in energies}
     elif across_matrices:
         masks = _keep_budget(scores, {name: _sizes(blocks, *shapes[name]) for name in scores}, float(ratio or 0))
     else:
-        masks = {name: _keep_share(values, float(ratio or 0), blocks.balanced) for name, values in scores.items()}
+        masks = {
+            name: torch.cat([_keep_share(own, float(ratio or 0), blocks.balanced) for own in values.split(bands[name])])
+            for name, values in scores.items()
+        }
     if not allow_empty:
         for name, mask in masks.items():
-            mask.view(-1)[scores[name].argmax()] |= ~mask.any()
+            for own, values in zip(mask.split(bands[name]), scores[name].split(bands[name]), strict=True):
+                own.view(-1)[values.argmax()] |= ~own.any()
     return BlockMasks(blocks, masks, shapes, weights_fingerprint(model))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .block_pruning import BlockMasks, BlockShape, block_matrices
+from .block_pruning import BlockMasks, BlockShape, bands_of_matrices, block_matrices
 from .modeling_costeff import CostEffForSequenceClassification
 
 STATE_FILE = "regularizer.safetensors"
@@ -142,13 +142,14 @@ class BlockPenalty(Regularizer):
             matrix = self._matrices[name]
             if not matrix.requires_grad:
                 continue
-            pull = rate * self.strength * self.block_weights[name] * norms.square().mean()
+            typical = self._per_matrix(name, norms.square())
+            pull = rate * self.strength * self.block_weights[name] * typical
             factor = (1 - pull / norms.clamp(min=1e-12)).clamp(min=0)
             matrix.mul_(self.blocks.spread(factor, *matrix.shape).to(matrix.dtype))
 
     def logs(self) -> dict[str, float]:
         """The penalty, and the share of the blocks whose norm is below a tenth of their matrix's mean."""
-        weak = [norms < norms.mean() / 10 for _, norms in self._norms()]
+        weak = [norms < self._per_matrix(name, norms) / 10 for name, norms in self._norms()]
         share = torch.cat([mask.flatten() for mask in weak]).float().mean()
         return {"block_penalty": round(self.penalty().item(), 4), "weak_blocks": round(share.item(), 4)}
 
@@ -180,9 +181,14 @@ class BlockPenalty(Regularizer):
     def _norms(self) -> list[tuple[str, Tensor]]:
         return [(name, self.blocks.norms(matrix.detach(), name)) for name, matrix in self._matrices.items()]
 
+    def _per_matrix(self, name: str, values: Tensor) -> Tensor:
+        """The mean over the blocks of a matrix, for each of its blocks; queries, keys and values are three matrices."""
+        bands = bands_of_matrices(self.blocks, name, *self._matrices[name].shape)
+        return torch.cat([own.mean().expand_as(own) for own in values.split(bands)])
+
     def _refresh(self) -> None:
         for name, norms in self._norms():
-            basis = norms if self.reweighted else norms.mean().expand_as(norms)
+            basis = norms if self.reweighted else self._per_matrix(name, norms)
             self.block_weights[name] = 1 / (basis + self.EPSILON)
 
 
