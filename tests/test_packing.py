@@ -21,7 +21,7 @@ from transformers import (
 from helpers import random_batch, tiny_bert, tiny_model
 from hf_costeff import SlenderizationPlan, convert_from_stock, convert_to_stock, slenderize
 from hf_costeff.block_pruning import BlockShape, prune_blocks, zero_blocks
-from hf_costeff.efficiency import checkpoint_bytes, count_parameters, layer_flops, parameter_count
+from hf_costeff.efficiency import Latency, checkpoint_bytes, count_parameters, layer_flops, parameter_count
 from hf_costeff.export import plain_model
 from hf_costeff.importance import compute_importance
 from hf_costeff.packed_linear import PackedLinear
@@ -219,13 +219,29 @@ def test_the_fastest_layout_is_chosen_and_kept(model, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "config.json").read_text())["packed_layers"] == again.config.packed_layers
 
 
+@pytest.mark.parametrize(
+    ("panels", "whole", "layout"),
+    [(0.90, 0.99, "panels"), (0.96, 0.99, "dense"), (0.90, 1.01, "dense")],
+    ids=["faster", "hardly faster", "slower in the whole"],
+)
+def test_a_model_stays_dense_unless_it_gains(model, monkeypatch, panels, whole, layout):
+    def measure(candidates, **settings):
+        times = {"panels": panels, "chosen": whole}
+        return {name: Latency(times.get(name, 1.0), 2.0, 1) for name in candidates}
+
+    monkeypatch.setattr("hf_costeff.packing.measure_alternating", measure)
+    packed = pack(model, prune_blocks(model, BlockShape(columns=4), ratio=0.5))
+    measured = choose_layouts(packed, batch_size=2, seq_length=4)
+    assert {next(iter(times)) for times in measured.values()} == {layout}
+    assert {value["layout"] for value in packed.config.packed_layers.values()} == {layout}
+    assert all(set(times) == {"panels", "tiles", "dense"} for times in measured.values())
+
+
 def fake_measurement(order):
     """A measurement whose fastest candidate is the next of `order`."""
 
     def measure(candidates, **settings):
-        from hf_costeff.efficiency import Latency
-
-        winner = next(order)
+        winner = "chosen" if "chosen" in candidates else next(order)
         for run in candidates.values():
             run()
         return {name: Latency(1.0 + (name != winner), 2.0, 1) for name in candidates}

@@ -157,7 +157,7 @@ class BlockPruningResult:
             f"{self.milliseconds['packed']:.1f} ms packed, {faster:.2f} times as fast here."
         )
         if set(self.layouts) == {DENSE}:
-            text += "\nNo packed layout beats full matrices here, so all run dense; only the file is smaller."
+            text += "\nNo packed layout beats dense matrices here, so what is left of them runs dense."
         return f"{text}\nThe packed model is in {self.model_path}."
 
 

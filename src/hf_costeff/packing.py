@@ -19,6 +19,8 @@ from .modeling_costeff import CostEffForSequenceClassification, CostEffModel, in
 from .packed_linear import COLUMNS, DENSE, PACKABLE, PANELS, ROWS, PackedLinear, Packing
 from .slenderization import SlenderizationPlan, slenderize
 
+WORTH = 0.95
+"""Share of the dense block's time below which another layout is taken."""
 PREFIX = CostEffForSequenceClassification.base_model_prefix
 
 
@@ -201,7 +203,9 @@ def choose_layouts(
 ) -> dict[str, dict[str, float]]:
     """Give every packed layer the layout that is fastest here, measured inside its own attention or feed-forward block.
 
-    What is stored does not depend on the layout, so a model can be measured again on another machine.
+    A layer stays dense unless another layout saves a twentieth of its block's time, and all do unless the whole model
+    gains by the layouts chosen. What is stored does not depend on the layout, so a model can be measured again on
+    another machine.
 
     Args:
         model: A packed model; its layouts are changed in place.
@@ -210,7 +214,7 @@ def choose_layouts(
         repeats: Timed calls of every candidate.
 
     Returns:
-        Per layer: layout -> median milliseconds of the block that the layer is in, the fastest first.
+        Per layer: layout -> median milliseconds of the block that the layer is in, the chosen one first.
     """
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, eager_attention)
     shape = (batch_size, seq_length, model.config.hidden_size)
@@ -223,11 +227,36 @@ def choose_layouts(
             run = partial(block, hidden, *others)
             candidates = {layout: partial(_run_with, layer, layout, run) for layout in _runnable(layer, run)}
             times = measure_alternating(candidates, warmup=1, repeats=repeats)
-            by_time = sorted(times, key=lambda layout: times[layout].median_ms)
+            by_time = sorted(times, key=lambda layout: times[layout].median_ms * (WORTH if layout == DENSE else 1))
             measured[name] = {layout: times[layout].median_ms for layout in by_time}
             layer.forget()
-            set_layouts(model, {name: by_time[0]})
+            layer.set_layout(by_time[0])
+        if measured and not _gains(
+            model, {name: next(iter(times)) for name, times in measured.items()}, shape[:2], repeats
+        ):
+            measured = {name: {DENSE: times[DENSE], **times} for name, times in measured.items()}
+    set_layouts(model, {name: next(iter(times)) for name, times in measured.items()})
     return measured
+
+
+def _gains(
+    model: CostEffForSequenceClassification, chosen: dict[str, str], shape: tuple[int, int], repeats: int
+) -> bool:
+    """Whether the whole model is faster with the layouts chosen than with all of them dense."""
+    rows, tokens = shape
+    batch = torch.ones(rows, min(tokens, model.config.longest_text), dtype=torch.long, device=model.device)
+    layers = dict(packed_linears(model.costeff))
+
+    def run(layouts: dict[str, str]) -> None:
+        for name, layout in layouts.items():
+            layers[name].set_layout(layout)
+        model.predict(batch, early_exit=False)
+
+    candidates = {"chosen": partial(run, chosen), DENSE: partial(run, dict.fromkeys(chosen, DENSE))}
+    times = measure_alternating(candidates, warmup=1, repeats=repeats)
+    for layer in layers.values():
+        layer.forget()
+    return times["chosen"].median_ms < times[DENSE].median_ms
 
 
 def _run_with(layer: PackedLinear, layout: str, run: Callable[[], Any]) -> None:
