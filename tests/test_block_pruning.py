@@ -193,6 +193,11 @@ def test_embeddings_are_pruned_only_if_that_is_asked_for():
     assert zero_blocks(factorised, masks).costeff.embeddings.word_embeddings.weight.eq(0).float().mean() >= 0.49
 
 
+def test_a_stock_model_is_refused():
+    with pytest.raises(ValueError, match="this is a BertForSequenceClassification"):
+        prune_blocks(tiny_bert(), BlockShape(columns=4), ratio=0.5)
+
+
 def test_layers_without_heads_or_neurons_have_no_matrices():
     found = block_matrices(tiny_model())
     assert "layers.1.feed_forward.output" in found and "layers.0.attention.query_key_value" in found

@@ -87,6 +87,18 @@ def test_a_command_on_one_split_lists_no_flags_that_it_would_ignore(command):
     assert "max_train_rows" not in flags
 
 
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
+    class Interrupted:
+        name, purpose = "skip", ""
+
+        def __call__(self, words):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "skip", Interrupted())
+    assert main(["skip", "model"]) == 130
+    assert capsys.readouterr().err == "\nhf-costeff skip: interrupted. What trains goes on with the same command.\n"
+
+
 def test_a_missing_flag_is_a_mistake_in_the_call(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["compress", "--output_dir", "x"])

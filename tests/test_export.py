@@ -332,7 +332,7 @@ def test_the_command_measures_int8_on_a_split(saved, tmp_path, monkeypatch, caps
     rows = sentence_rows(30)
     rows = rows.add_column("verdict", [NAMES[label] for label in rows["label"]]).remove_columns("label")
     rows.to_json(tmp_path / "rows.jsonl")
-    words = ["--int8", "--validation_file", str(tmp_path / "rows.jsonl"), "--split", "validation"]
+    words = ["--int8", "--validation_file", str(tmp_path / "rows.jsonl")]
     words += ["--label_column", "verdict"]
     assert main(["export", saved, "--output_dir", str(tmp_path / "onnx"), *words]) == 0
     out = capsys.readouterr().out
@@ -344,6 +344,7 @@ def test_the_command_measures_int8_on_a_split(saved, tmp_path, monkeypatch, caps
     [
         (["--format", "torchscript"], "`--format` is 'torchscript'"),
         (["--split", "validation"], "Give --int8 too"),
+        (["--validation_file", "rows.csv"], "`--validation_file` names rows to measure int8 on, and int8 is off"),
         (["--int8", "--split", "nowhere", "--dataset", "nowhere"], "nowhere"),
     ],
 )

@@ -163,7 +163,7 @@ def test_a_promise_is_told_with_its_odds_and_its_test():
 
 def test_who_pays_for_early_exit_is_told_by_class_or_not_claimed():
     report = make_report()
-    assert "of bright, 80.0% are answered right by all layers and 75.0% with early exit" in card_of(report)
+    assert "of bright, 80.0% are answered right at full depth and 75.0% with early exit" in card_of(report)
     assert "| dull | 2,000 | 90.0% | 90.0% | 1.25 |" in card_of(report)
     for card in (card_of({**report, "classes": []}), card_of(report, {**SETTINGS, "threshold": 0.4})):
         assert "Who pays" not in card and "Measured here is the mean alone" in card

@@ -81,11 +81,19 @@ def test_a_threshold_of_ones_own_and_full_depth_promise_nothing(caplog):
     ("calibration", "threshold", "said"),
     [
         ({"skip_threshold": 0.5}, 0.5, None),
-        ({"skip_threshold": 0.5}, 0.7, "chosen for a skip threshold of 0.5, and it is 0.7"),
-        ({"skip_threshold": 0.5}, None, "chosen for a skip threshold of 0.5, and it is None"),
+        (
+            {"skip_threshold": 0.5},
+            0.7,
+            "chosen with a skip threshold of 0.5, and the model answers with a skip threshold of 0.7",
+        ),
+        ({"skip_threshold": 0.5}, None, "chosen with a skip threshold of 0.5, and the model answers without skipping"),
         ({"disagreement": 0.0}, 0.5, None),
-        ({"skip_threshold": 0.5, "promise": {}}, 0.7, "promised for a skip threshold of 0.5, and it is 0.7"),
-        ({"promise": {}}, 0.7, "promised for a skip threshold of None, and it is 0.7"),
+        (
+            {"skip_threshold": 0.5, "promise": {}},
+            0.7,
+            "promised with a skip threshold of 0.5, and the model answers with",
+        ),
+        ({"promise": {}}, 0.7, "promised without skipping, and the model answers with"),
         ({"promise": {}}, None, None),
     ],
 )

@@ -682,9 +682,9 @@ def test_a_promise_is_void_where_rows_take_other_paths(caplog):
         model.predict(**batch, early_exit=True)
     finally:
         promises.logger.removeHandler(caplog.handler)
-    said = sorted({record.getMessage().split(" (None")[0] for record in caplog.records})
-    promised = "The exit settings were promised for a skip threshold of 0.5, and it is"
-    assert said == [f"{promised} 0.6", f"{promised} None"]
+    said = sorted({record.getMessage().split(". The promise")[0] for record in caplog.records})
+    promised = "The exit settings were promised with a skip threshold of 0.5, and the model answers"
+    assert said == [f"{promised} with a skip threshold of 0.6", f"{promised} without skipping"]
 
 
 def test_the_comparison_counts_the_layers_that_ran(gated):

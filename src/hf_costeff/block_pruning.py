@@ -125,8 +125,13 @@ def block_matrices(model: CostEffForSequenceClassification, embeddings: bool = F
         embeddings: Whether the word embedding and its projection are among them.
 
     Raises:
-        ValueError: If the model is packed, so that its pruned blocks are gone.
+        ValueError: If the model is packed, so that its pruned blocks are gone, or no multi-exit classifier.
     """
+    if not isinstance(model, CostEffForSequenceClassification):
+        raise ValueError(
+            f"Blocks are pruned in a CostEffForSequenceClassification, and this is a {type(model).__name__}. Make one "
+            "of a stock classifier: hf_costeff.convert_from_stock."
+        )
     require_unpacked(model.config, "Pruning blocks")
     base = model.costeff
     names = [f"layers.{layer}.{part}" for layer in range(len(base.layers)) for part in PACKABLE]

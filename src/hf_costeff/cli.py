@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program name; `None` takes them from the command line.
 
     Returns:
-        Exit status: 0 for success, 2 for a mistake in the call, 1 for an error on the way.
+        Exit status: 0 for success, 2 for a mistake in the call, 1 for an error on the way, 130 if it was interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     listing = "\n".join(f"  {command.name:<19}{command.purpose}" for command in COMMANDS.values())
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if result := command(words[taken:]):
             sys.stdout.write(result + "\n")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nhf-costeff {command.name}: interrupted. What trains goes on with the same command.\n")
+        return 130
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         strict = isinstance(error, StrictDataclassError) and error.__cause__ is not None
         message = _with_flags(str(error.__cause__ if strict else error), command)

@@ -80,6 +80,10 @@ class SplitArguments:
         files = {flag.removesuffix("_file"): getattr(self, flag) for flag in self.file_flags}
         return {split: path for split, path in files.items() if path}
 
+    def named_split(self, split: str | None) -> str | None:
+        """The split that is asked for, or that of the file; `None` if neither is named."""
+        return split or ("validation" if self.validation_file else None)
+
     def __post_init__(self) -> None:
         if self.dataset and self.files:
             raise ValueError(

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -42,6 +42,8 @@ from .trainer import check_teacher
 from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
 
 NO_GATES = "none"
+NEAR = 0.1
+"""Of the depth: how far from the target is still near it."""
 GOALS = ("max_metric_drop", "target_speedup")
 OF_NEW_EXITS = ("exit_head", "exit_pooling", "exit_layers")
 OF_EXITS = ("exit_epochs", "exit_learning_rate", "exit_contrastive_weight", "exit_contrastive_temperature")
@@ -165,16 +167,22 @@ class LayerSkippingResult:
         reference, last = self.rows[0], self.rows[-1]
         before, after = reference.metrics[self.metric], last.metrics[self.metric]
         lines = [
-            f"On validation {self.metric} is {before:.4f} for the {reference.name} and {after:.4f} for the model "
-            f"({last.name}), which takes {last.flops_per_row / reference.flops_per_row:.2f} of the FLOPs, gates and "
-            "exits counted."
+            f"On validation {self.metric} is {before:.4f} ({reference.name}) and {after:.4f} ({last.name}), which "
+            f"takes {last.flops_per_row / reference.flops_per_row:.2f} of the FLOPs at the lengths of these rows, "
+            "gates and exits counted."
         ]
         if self.skipping is not None:
             lines.append(self.skipping.describe())
             if self.target_layers is not None:
-                reached = f"{self.skipping.layers_run_by_flops:.2f}, each layer counted by its FLOPs"
-                lines.append(f"Asked for: {self.target_layers:g} layers. Reached: {reached}.")
+                lines.append(self._target(self.skipping))
         return "\n".join(lines) + f"\n\n{format_table(self.rows, self.metric)}"
+
+    def _target(self, skipping: SkipDiagnostics) -> str:
+        reached = skipping.layers_run_by_flops
+        text = f"Asked for: {self.target_layers:g} layers. Reached: {reached:.2f}, each layer counted by its FLOPs."
+        if abs(reached - cast(float, self.target_layers)) > NEAR * len(skipping.shares):
+            text += " That is not near: train longer, or at a higher learning rate."
+        return text
 
 
 def train_layer_skipping(

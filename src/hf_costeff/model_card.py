@@ -184,6 +184,11 @@ class ReportCard(ABC):
             return []
         return [GroupOutcome(**outcome) for outcome in self.report.get("classes") or []]
 
+    @property
+    def full_depth(self) -> str:
+        """What early exit is compared with."""
+        return "full depth" if self.config.skip_gates is None else "full depth with skipping"
+
     def class_table(self) -> str:
         """A line per class, at most `SHOWN_CLASSES`."""
         lines = [
@@ -193,7 +198,7 @@ class ReportCard(ABC):
             ]
             for outcome in self.classes[:SHOWN_CLASSES]
         ]
-        columns = ["class", "rows", "all layers", "early exit", "mean exit layer"]
+        columns = ["class", "rows", self.full_depth, "early exit", "mean exit layer"]
         return markdown_table(columns, lines) if lines else ""
 
     def class_note(self) -> str:
@@ -210,7 +215,7 @@ class ReportCard(ABC):
         if worst.early_exit >= worst.full_depth:
             return f"{general}. On these rows none lost right answers to it; rare or subtle ones may elsewhere."
         return (
-            f"{general}: of {quoted(worst.name)}, {worst.full_depth:.1%} are answered right by all layers and "
+            f"{general}: of {quoted(worst.name)}, {worst.full_depth:.1%} are answered right at {self.full_depth} and "
             f"{worst.early_exit:.1%} with early exit."
         )
 
@@ -427,6 +432,7 @@ def how_to_use(name: str, config: CostEffConfig, pair: bool = False, exits: bool
             name=name,
             example='"a text", "and its pair"' if pair else '"a text"',
             early_exit=early_exit,
+            runs="answers at full depth" + (" with skipping" if config.skip_gates else ""),
         )
     )
 

@@ -49,8 +49,8 @@ def warn_if_void(
     if chosen_for != skip_threshold:
         done, void = ("promised", " The promise is void.") if promised else ("chosen", "")
         logger.warning_once(
-            f"The exit settings were {done} for a skip threshold of {chosen_for}, and it is {skip_threshold} (None: no "
-            f"layer is skipped).{void} Run `hf-costeff calibrate` again."
+            f"The exit settings were {done} {_skipping(chosen_for)}, and the model answers {_skipping(skip_threshold)}."
+            f"{void} Run `hf-costeff calibrate` again."
         )
     if promised is None:
         return
@@ -70,3 +70,7 @@ def warn_if_void(
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(WORDS[tensor.element_size()])
+
+
+def _skipping(threshold: float | None) -> str:
+    return "without skipping" if threshold is None else f"with a skip threshold of {threshold:g}"

@@ -43,7 +43,7 @@ class SkipDiagnostics:
         if self.layers_run == 0:
             return f"{ran} Every row skips every layer, so the answer does not depend on the encoder. {COLLAPSED}"
         if self.layers_run == len(self.shares):
-            return f"{ran} No row skips any layer. Raise `skip_weight`, or set a lower `target_layers`."
+            return f"{ran} No row skips any layer. Train longer, raise `skip_weight`, or set a lower `target_layers`."
         if len(self.paths) == 1:
             return f"{ran} All take the same path, {name_path(path)}: the gates are static and do not look at the row."
         return f"{ran} They take {len(self.paths)} different paths; {share:.0%} take the commonest, {name_path(path)}."

@@ -162,7 +162,7 @@ def split_to_choose_on(wanted: SettingsArguments, data: SplitArguments) -> str:
     Raises:
         ValueError: If neither is.
     """
-    split = wanted.split or ("validation" if data.validation_file else None)
+    split = data.named_split(wanted.split)
     if split is None:
         raise ValueError(
             "No rows to choose on are named. Give --split, of rows that no training saw and no report is made on, or "

@@ -27,25 +27,28 @@ class ExportArguments:
     int8: bool = field(default=False, metadata={"help": "Run matrix products in 8 bits."})
     split: str | None = field(
         default=None,
-        metadata={"help": "Split of the data on which the change by --int8 is measured. Default: it is not measured."},
+        metadata={"help": "Split of the data on which the change by --int8 is measured. Not needed with a file."},
     )
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"`format` is {self.format!r}. It must be one of {', '.join(FORMATS)}.")
-        if self.split is not None and not self.int8:
-            raise ValueError("`split` names rows to measure int8 on, and int8 is off. Give --int8 too.")
 
 
 def run(wanted: ExportArguments, data: SplitArguments) -> str:
-    """Export the model, and say what was checked and what int8 changed."""
+    """Export the model, and say what was checked and what int8 changed.
+
+    Raises:
+        ValueError: If rows are named and int8 is off, among others.
+    """
+    split, rows = data.named_split(wanted.split), None
+    if split is not None and not wanted.int8:
+        name = "split" if wanted.split else "validation_file"
+        raise ValueError(f"`{name}` names rows to measure int8 on, and int8 is off. Give --int8 too.")
     model, tokenizer = load_slim(wanted.model)
-    rows = None
-    if wanted.split is not None:
+    if split is not None:
         positions = model.config.longest_text
-        rows = prepare_split(
-            data, wanted.split, tokenizer, config=model.config, max_positions=positions, require_labels=False
-        )
+        rows = prepare_split(data, split, tokenizer, config=model.config, max_positions=positions, require_labels=False)
     done = export_onnx(model, tokenizer, wanted.output_dir, int8=wanted.int8, rows=rows)
     return (
         f"{len(done.stops)} graphs, {done.megabytes:.1f} MB, and runner.py are in {done.folder}. In fp32 they leave at "

@@ -38,7 +38,7 @@ def run(wanted: ReportArguments, data: SplitArguments) -> str:
             f"--output_dir {wanted.output_dir} lies in the model's folder, which may be pushed, and the report quotes "
             "texts of your data. Name another folder, or give --no_texts."
         )
-    split = wanted.split or ("validation" if data.validation_file else None)
+    split = data.named_split(wanted.split)
     if split is None:
         raise ValueError("No rows to report on are named. Give --split or --validation_file.")
     model, tokenizer = load_slim(wanted.model)
