@@ -40,7 +40,7 @@ from hf_costeff.importance import Importance, compute_importance
 from hf_costeff.metrics import METRICS
 from hf_costeff.recipes import fast_recipe
 from hf_costeff.slenderization import Budget, SlenderizationPlan, Widths, describe_widths, solve_widths
-from hf_costeff.trainer import Teacher
+from hf_costeff.teacher import Teacher
 from real_run import METRIC, SPLITS, best_at_flops
 
 VARIANTS = ("base", "final-exit", "single-exit", "last-exit", "two-stage", "squat", "random")

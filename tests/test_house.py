@@ -26,7 +26,7 @@ TIERS = {
     "modeling_costeff pipeline_costeff skip_gates packed_linear configuration_cascade modeling_cascade",
     1: "augmentation conversion gating importance slenderization losses block_pruning packing efficiency calibration "
     "calibration_goals exit_replay guarantees metrics group_outcomes exit_quality monitoring cascade_costs "
-    "skip_diagnostics",
+    "skip_diagnostics teacher",
     2: "markdown training_args block_training skip_training trainer checkpoints checksums mask_files data columns "
     "evaluation recipes distillation compression_args stages staged_run compression block_compression layer_skipping "
     "report exit_report charts prediction difficulty model_card onnx_runner export benchmarking benchmark_report "

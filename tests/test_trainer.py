@@ -22,7 +22,7 @@ import hf_costeff
 from helpers import tiny_bert, tiny_model, token_rows, word_tokenizer
 from hf_costeff import CostEffTrainer, CostEffTrainingArguments
 from hf_costeff.difficulty import mark_hard_rows
-from hf_costeff.trainer import Teacher, TeacherTrainer, newest_whole_checkpoint
+from hf_costeff.trainer import TeacherTrainer, newest_whole_checkpoint
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 COLLATOR = DataCollatorWithPadding(word_tokenizer())
@@ -641,43 +641,6 @@ def test_a_teacher_with_the_same_labels_in_another_order_is_refused(tmp_path):
     make_trainer(tmp_path, tiny_model(), teacher)  # LABEL_0, ... are no names
 
 
-@pytest.mark.parametrize(
-    ("layers", "exit_layers", "hidden", "exits"),
-    [
-        (4, [1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3]),
-        (4, [2, 4], [0, 1, 2, 3, 4], [1, 3]),
-        (2, [1, 2], [0, 2, 4], [1, 3]),
-        (1, [1], [0, 4], [3]),
-        (3, [1, 2, 3], [0, 1, 3, 4], [0, 2, 3]),
-    ],
-)
-def test_a_students_layers_and_exits_answer_to_the_teachers_at_the_same_relative_depth(
-    layers, exit_layers, hidden, exits
-):
-    widths = {"num_hidden_layers": layers, "num_attention_heads": 1, "intermediate_size": 4}
-    student = tiny_model(exit_layers=exit_layers, **widths)
-    teacher = tiny_model(seed=3)
-    batch = batch_of(token_rows(4))
-    signals = Teacher(teacher, student.config).signals(batch, hidden_states=True)
-    with torch.no_grad():
-        outputs = teacher(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
-    for found, expected in zip(signals.hidden_states, (outputs.hidden_states[index] for index in hidden), strict=True):
-        assert torch.equal(found, expected)
-    for found, expected in zip(signals.exit_logits, (outputs.exit_logits[index] for index in exits), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_a_multi_exit_teacher_without_an_exit_there_teaches_by_its_next_deeper_one():
-    student, teacher = tiny_model(), tiny_model(seed=3, exit_layers=[2, 4])
-    batch = batch_of(token_rows(4))
-    signals = Teacher(teacher, student.config).signals(batch, hidden_states=False)
-    with torch.no_grad():
-        first, last = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).exit_logits
-    for found, expected in zip(signals.exit_logits, (first, first, last, last), strict=True):
-        assert torch.equal(found, expected)
-    assert signals.hidden_states == ()
-
-
 def test_the_last_exit_of_a_multi_exit_teacher_teaches_every_exit_if_asked_for(tmp_path):
     student, teacher = tiny_model(**NO_DROPOUT), tiny_model(seed=3)
     trainer = make_trainer(tmp_path, student, teacher, soft_label_exit="last", representation_weight=0, **SGD)
@@ -691,15 +654,35 @@ def test_the_last_exit_of_a_multi_exit_teacher_teaches_every_exit_if_asked_for(t
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_stock_teachers_one_answer_teaches_every_exit_and_its_inputs_may_hold_more_than_it_takes():
-    student, teacher = tiny_model(exit_layers=[1, 4]), tiny_bert()
-    batch = batch_of(token_rows(4))
-    signals = Teacher(teacher, student.config).signals({**batch, "unknown": torch.zeros(1)}, hidden_states=True)
-    with torch.no_grad():
-        logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    assert len(signals.exit_logits) == 2 and len(signals.hidden_states) == 5
-    assert all(torch.equal(found, logits) for found in signals.exit_logits)
-    assert not any(tensor.requires_grad for tensor in (*signals.exit_logits, *signals.hidden_states))
+def rows_run(teacher) -> list[int]:
+    """How many rows the teacher ran on in each of its calls from here on."""
+    found: list[int] = []
+    teacher.register_forward_hook(lambda module, _, outputs: found.append(len(outputs.logits)))
+    return found
+
+
+def test_a_training_by_answers_alone_runs_the_teacher_on_every_row_once(tmp_path):
+    rows, teacher, student = token_rows(16), tiny_bert(), tiny_model(**NO_DROPOUT)
+    found = rows_run(teacher)
+    trainer = make_trainer(tmp_path, student, teacher, rows, representation_weight=0.0, max_steps=12)
+    trainer.train()
+    assert trainer.state.epoch == 3
+    assert sum(found) == len({tuple(row["input_ids"]) for row in rows}) == 16
+    before = len(found)
+    trainer.evaluate()
+    trainer.evaluate()
+    assert sum(found[before:]) == 10
+
+
+@pytest.mark.parametrize("changes", [{"representation_weight": 1.0}, {"token_replacement_rate": 0.5}])
+def test_states_and_rows_that_change_are_not_remembered(changes, tmp_path):
+    teacher = tiny_bert()
+    found = rows_run(teacher)
+    settings = {"representation_weight": 0.0, "max_steps": 12, **changes}
+    tokenizer = {"processing_class": word_tokenizer()}
+    trainer = make_trainer(tmp_path, None, teacher, trainer_options=tokenizer, **settings)
+    trainer.train()
+    assert sum(found) == 48
 
 
 def test_bf16_training_stays_close_to_single_precision(tmp_path):

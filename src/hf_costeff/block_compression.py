@@ -40,7 +40,7 @@ from .packing import choose_layouts, pack, packed_linears
 from .recipes import Phase, check_ranges
 from .report import describe_hardware
 from .staged_run import Stage, StagedRun, settings_key, settings_of_run
-from .trainer import check_teacher
+from .teacher import check_teacher
 from .training_args import CostEffTrainingArguments
 
 MASKS = "masks.safetensors"

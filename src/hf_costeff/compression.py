@@ -61,7 +61,8 @@ from .slenderization import (
     solve_widths,
 )
 from .staged_run import Stage, StagedRun
-from .trainer import Teacher, TeacherTrainer
+from .teacher import Teacher
+from .trainer import TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)

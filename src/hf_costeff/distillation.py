@@ -18,7 +18,7 @@ from .exit_criteria import answers
 from .losses import importance_loss
 from .modeling_costeff import CostEffForSequenceClassification
 from .recipes import Phase
-from .trainer import Teacher
+from .teacher import Teacher
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 

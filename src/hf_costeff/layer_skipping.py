@@ -38,7 +38,7 @@ from .report import SKIPPING, describe_hardware, without_folders
 from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
 from .skip_training import check_skip_settings
 from .staged_run import Stage, StagedRun, settings_key, settings_of_run
-from .trainer import check_teacher
+from .teacher import check_teacher
 from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
 
 NO_GATES = "none"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy
 from transformers.utils import logging
@@ -23,7 +21,7 @@ from transformers.utils import logging
 from .augmentation import replace_tokens
 from .block_training import Regularizer
 from .checksums import is_whole, write_checksums
-from .configuration_costeff import CostEffConfig, label_names, problem_type_of
+from .configuration_costeff import CostEffConfig, problem_type_of
 from .difficulty import HARD, check_hard_rows, difficulty_part
 from .efficiency import count_parameters, relative_layer_flops
 from .exit_criteria import MULTI_LABEL, REGRESSION
@@ -40,82 +38,10 @@ from .skip_training import (
     frozen,
     frozen_modules,
 )
+from .teacher import Teacher
 from .training_args import ALL, EXITS, CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class TeacherSignals:
-    """What a student is to imitate, aligned to its own exits and layers.
-
-    Args:
-        exit_logits: One tensor per student exit, shape (batch, labels).
-        hidden_states: Embedding output and one tensor per student layer, shape (batch, seq, hidden); may be empty.
-    """
-
-    exit_logits: tuple[Tensor, ...]
-    hidden_states: tuple[Tensor, ...]
-
-
-def check_teacher(teacher: PreTrainedConfig, student: CostEffConfig) -> None:
-    """Refuse a teacher whose answers mean other labels than the student's.
-
-    Args:
-        teacher: Config of a stock classifier or a multi-exit model.
-        student: Config of what is to learn from it.
-
-    Raises:
-        ValueError: If the numbers of labels differ, or both have names and these differ.
-    """
-    if teacher.num_labels != student.num_labels:
-        raise ValueError(
-            f"The teacher has {teacher.num_labels} labels and the student {student.num_labels}. "
-            "Build the student from the teacher, or give both the same `num_labels`."
-        )
-    names = label_names(teacher), label_names(student)
-    if None not in names and names[0] != names[1]:
-        raise ValueError(
-            f"The teacher has the labels {list(teacher.id2label.values())} and the student "
-            f"{list(student.id2label.values())}. Its answers are taken by their order, so give both the same "
-            "`id2label`."
-        )
-
-
-class Teacher:
-    """A frozen classifier and how its layers and exits map onto a student's.
-
-    Student layer l of L answers to teacher layer round(l * T / L) of T, so equal depths match layer to layer, and so do
-    exits. With `soft_label_exit` `"last"` the teacher's last exit teaches every exit of the student; a stock classifier
-    has no other.
-    """
-
-    def __init__(self, model: PreTrainedModel, student: CostEffConfig, soft_label_exit: str = "same") -> None:
-        """Freeze the teacher and check that it can teach, see [`check_teacher`]."""
-        check_teacher(model.config, student)
-        self.model = model.requires_grad_(False).eval()
-        self.accepted = set(inspect.signature(model.forward).parameters)
-        depth, width = model.config.num_hidden_layers, model.config.hidden_size
-        self.same_width = width == student.hidden_size
-        self.hidden_indices = [
-            round(layer * depth / student.num_hidden_layers) for layer in range(student.num_hidden_layers + 1)
-        ]
-        exits = model.config.exit_layers if isinstance(model.config, CostEffConfig) else [depth]
-        self.exit_indices = [
-            next(index for index, layer in enumerate(exits) if layer >= self.hidden_indices[student_exit])
-            for student_exit in student.exit_layers
-        ]
-        if soft_label_exit == "last":
-            self.exit_indices = [len(exits) - 1] * len(student.exit_layers)
-
-    def signals(self, inputs: dict[str, Any], hidden_states: bool) -> TeacherSignals:
-        """Run the teacher without gradients on inputs that may hold more than it takes."""
-        known = {name: value for name, value in inputs.items() if name in self.accepted}
-        with torch.no_grad():
-            outputs = self.model(**known, output_hidden_states=hidden_states, return_dict=True)
-        exits = outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,)
-        states = [outputs.hidden_states[index] for index in self.hidden_indices] if hidden_states else []
-        return TeacherSignals(tuple(exits[index] for index in self.exit_indices), tuple(states))
 
 
 class ResumableTrainer(Trainer):
@@ -289,7 +215,8 @@ class CostEffTrainer(ResumableTrainer):
         self.loss_weights = {"task_loss": args.task_weight if args.task_weight is not None else float(teacher is None)}
         self.teacher: Teacher | None = None
         if teacher is not None:
-            self.teacher = Teacher(teacher.to(args.device), config, args.soft_label_exit)
+            remembers = not args.token_replacement_rate  # else a row is another one in every step
+            self.teacher = Teacher(teacher.to(args.device), config, args.soft_label_exit, remembers)
             self.loss_weights["soft_label_loss"] = args.soft_label_weight
             self.loss_weights["representation_loss"] = args.representation_weight
             if args.representation_weight and not self.teacher.same_width:
