@@ -64,7 +64,7 @@ class Teacher:
         model: The classifier, which is frozen.
         student: Config of who learns from it.
         soft_label_exit: As in [`CostEffTrainingArguments`].
-        remembers: Whether answers to rows are kept, so that a row seen again is not run again. Takes about half a
+        remembers: Whether answers to rows are kept, so that a row seen again is not run again. Takes less than a
             kilobyte a row; of no use where rows change from step to step, and hidden states are never kept.
 
     Raises:
