@@ -92,12 +92,12 @@ def quality(given: argparse.Namespace) -> None:
             result = job.run()
             row = {
                 "metric": metric,
-                "given": result.metrics["given"][metric],
-                "packed": result.metrics["packed"][metric],
+                "given": result.rows[0].metrics[metric],
+                "packed": result.rows[-1].metrics[metric],
                 **exit_metrics(job, metric),
                 "compression": result.compression,
                 "matrix_bytes": result.matrix_bytes,
-                "parameters": result.parameters,
+                "parameters": [result.rows[0].parameters, result.rows[-1].parameters],
             }
             results.add(name, row)
 

@@ -13,6 +13,7 @@ from helpers import save_named, sentence_rows, tiny_bert, tiny_model, word_token
 from hf_costeff import CostEffTrainer, block_compression, cli
 from hf_costeff.block_compression import BlockPruning, BlockPruningArguments, BlockPruningResult, block_prune
 from hf_costeff.block_pruning import block_energies, block_matrices
+from hf_costeff.evaluation import ReportRow
 from hf_costeff.mask_files import load_masks
 from hf_costeff.packed_linear import PackedLinear
 from hf_costeff.stages import train_keys
@@ -44,7 +45,7 @@ def test_a_stock_classifier_becomes_a_packed_model(folder):
     assert any(isinstance(module, PackedLinear) for module in model.modules()) and model.config.exit_layers == [4]
     assert result.compression == pytest.approx(2, rel=0.01)
     report = json.loads((result.model_path / "block_pruning.json").read_text())
-    assert report["metrics"]["packed"] == result.metrics["packed"] and report["parameters"] == list(result.parameters)
+    assert [row["name"] for row in report["rows"]] == ["model as given", "pruned", "pruned and packed"]
     assert "2.00 times fewer weights" in result.describe()
     masks = load_masks(stages(folder)["prune"] / "masks.safetensors")
     retrained = AutoModelForSequenceClassification.from_pretrained(stages(folder)["retrain"])
@@ -93,10 +94,44 @@ def test_the_given_model_is_measured_as_it_came(folder):
 
 
 def test_kept_blocks_of_dead_units_are_told_as_nothing_left():
-    nothing = BlockPruningResult(
-        Path(), 194.4, (100, 0), (9, 3), {"given": {}, "packed": {}}, {}, {"full": 2, "packed": 1}
-    )
+    line = ReportRow("a model", {"accuracy": 0.5}, 9, 9.0, 9.0, 1.0, [1.0], {"32": 2.0, "1": 3.0})
+    nothing = BlockPruningResult(Path(), [line] * 3, "accuracy", 194.4, (100, 0), {})
     assert "Pruned matrices: nothing is left." in nothing.describe()
+
+
+def test_the_folder_tells_what_came_out_and_goes_on_doing_so_once_exits_are_chosen(folder):
+    result = prune(folder, "slim", column_slabs=2, columns=None)
+    packed = folder / "packed"
+    card = (packed / "README.md").read_text()
+    assert (
+        "with exits after layers 1, 2, 3, 4" in card
+        and "share of the blocks pruned 0.5; blocks ranked by taylor" in card
+    )
+    assert "{li2020blockpruning" in card and "`block_pruning.json`" in card and "No exit settings are stored" in card
+    given, pruned, kept = result.rows
+    assert pruned.metrics == kept.metrics and pruned.parameters == given.parameters > kept.parameters
+    assert f"| pruned and packed | {kept.metrics['accuracy']:.4f} |" in card
+    assert result.summary() in (packed / "SUMMARY.md").read_text() and str(folder) not in card
+    sentence_rows(200, seed=3).to_csv(folder / "rows.csv")
+    words = ["calibrate", str(packed), "--validation_file", str(folder / "rows.csv"), "--max_metric_drop", "5"]
+    assert cli.main(words) == 0
+    assert (packed / "SUMMARY.md").exists() and "## Exit settings" in (packed / "README.md").read_text()
+
+
+def test_a_card_of_one_exit_speaks_of_none(folder):
+    prune(folder)
+    card = (folder / "packed" / "README.md").read_text()
+    assert "## Exits" not in card and "A smaller model does not treat all classes alike" in card
+    assert "early_exit=0.5" not in card and "Early exit" not in card
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [({"strength": 50.0}, "`strength` is 50"), ({"proximal": True}, "`prox")]
+)
+def test_settings_of_a_penalty_that_is_left_out_are_refused(setting, words):
+    with pytest.raises(ValueError, match=f"{words}.*`penalty_epochs` is 0"):
+        BlockPruningArguments("model", "packed", penalty_epochs=0, **setting)
+    assert BlockPruningArguments("model", "packed", penalty_epochs=0).strength == 0
 
 
 def test_ratios_share_the_penalised_model(folder, monkeypatch):
@@ -168,7 +203,7 @@ def test_a_run_killed_between_the_phases_goes_on(folder, monkeypatch):
     first, second = (
         AutoModelForSequenceClassification.from_pretrained(folder / name).state_dict() for name in ("first", "packed")
     )
-    assert interrupted.metrics == whole.metrics
+    assert interrupted.rows[-1].metrics == whole.rows[-1].metrics
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
@@ -210,20 +245,8 @@ def test_what_cannot_work_is_refused_before_training(folder, settings, error, mo
 
 def test_the_command_prunes_and_says_what_came_of_it(folder, capsys):
     sentence_rows(300).to_csv(folder / "rows.csv")
-    words = [
-        "--penalty_epochs",
-        "0",
-        "--importance",
-        "magnitude",
-        "--retrain_epochs",
-        "0",
-        "--rows",
-        "3",
-        "--columns",
-        "1",
-        "--ratio",
-        "0.3",
-    ]
+    words = ["--penalty_epochs", "0", "--importance", "magnitude", "--retrain_epochs", "0"]
+    words += ["--rows", "3", "--columns", "1", "--ratio", "0.3"]
     files = ["--train_file", str(folder / "rows.csv"), "--output_dir", str(folder / "packed")]
     assert cli.main(["block-prune", str(folder / "stock"), *words, *files]) == 0
     assert "1.4" in capsys.readouterr().out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,15 @@ def test_a_flag_that_switches_off_says_so(capsys):
     assert (
         out.count("Quote the texts whose answer changes.") == 1 and "--no_texts, --no-texts Switch --texts off." in out
     )
+
+
+def test_the_package_runs_as_a_module_with_the_same_exit_status():
+    found = [
+        subprocess.run([sys.executable, "-m", "hf_costeff", *words], capture_output=True, text=True)
+        for words in (["--help"], ["nonsense"])
+    ]
+    assert [each.returncode for each in found] == [0, 2]
+    assert found[0].stdout.startswith("usage: hf-costeff") and "unknown command 'nonsense'" in found[1].stderr
 
 
 @pytest.mark.parametrize("command", ["calibrate", "report", "benchmark", "export"])

@@ -28,26 +28,25 @@ from .checkpoints import load_classifier, load_tokenizer
 from .conversion import convert_from_stock
 from .data import DataArguments, prepare_data
 from .distillation import random_batches
-from .efficiency import count_parameters, measure_alternating
-from .evaluation import collect_exit_logits, model_inputs
+from .evaluation import Contender, ReportRow, collect_exit_logits, format_table, model_inputs, report_rows
 from .exit_criteria import answers
+from .exit_replay import ExitLogits
 from .losses import task_loss
 from .mask_files import load_masks, save_masks
-from .metrics import compute_metrics
+from .model_card import write_model_card
 from .modeling_costeff import CostEffForSequenceClassification
 from .packed_linear import DENSE
 from .packing import choose_layouts, pack, packed_linears
 from .recipes import Phase, check_ranges
-from .report import describe_hardware
+from .report import PRUNING
 from .staged_run import Stage, StagedRun, settings_key, settings_of_run
 from .teacher import check_teacher
 from .training_args import CostEffTrainingArguments
 
 MASKS = "masks.safetensors"
-REPORT = "block_pruning.json"
 MAGNITUDE, TAYLOR = "magnitude", "taylor"
 IMPORTANCE_ROWS = 640
-PRUNING = (
+OF_PRUNING = (
     *("ratio", "threshold", "importance", "across_matrices", "allow_empty"),
     *("retrain_epochs", "retrain_learning_rate"),
 )
@@ -107,8 +106,11 @@ class BlockPruningArguments:
             self.importance = TAYLOR if self.threshold is None else MAGNITUDE
         if (self.rows, self.columns, self.row_slabs, self.column_slabs) == (None,) * 4:
             self.column_slabs = 4
+        if not self.penalty_epochs and (self.strength or self.proximal):
+            given = f"`strength` is {self.strength:g}" if self.strength else "`proximal` is set"
+            raise ValueError(f"{given}, and `penalty_epochs` is 0: nothing trains under a penalty. Leave one out.")
         if self.strength is None:
-            self.strength = 30.0 if self.proximal else 300.0
+            self.strength = 0.0 if not self.penalty_epochs else 30.0 if self.proximal else 300.0
         least = {"penalty_epochs": 0, "retrain_epochs": 0, "batch_size": 1, "seed": 0}
         check_ranges(self, least, above_zero=("learning_rate", "retrain_learning_rate"))
         self.blocks()
@@ -124,41 +126,43 @@ class BlockPruningResult:
 
     Args:
         model_path: Folder of the model, loadable with `from_pretrained`.
+        rows: Report lines on validation, at full depth: what was given; the pruned model with full matrices; packed.
+        metric: The metric that checkpoints were chosen by.
         compression: Weights of the pruned matrices divided by those that stay; `None` if none does.
         matrix_bytes: Bytes of those matrices in the file, before and after, indices included.
-        parameters: Of the model, before and after.
-        metrics: Of the last exit on the validation rows: `given`, and `packed`.
         layouts: How many packed layers run in which layout.
-        milliseconds: Median of a batch of 32 rows of 64 tokens (or the most it takes) here: `full` and `packed`.
     """
 
     model_path: Path
+    rows: list[ReportRow]
+    metric: str
     compression: float | None
     matrix_bytes: tuple[int, int]
-    parameters: tuple[int, int]
-    metrics: dict[str, dict[str, float]]
     layouts: dict[str, int]
-    milliseconds: dict[str, float]
 
     def describe(self) -> str:
-        """The result in words."""
+        """The result in words, with the table, and where the model is."""
+        return f"{self.summary()}\n\nThe packed model is in {self.model_path}."
+
+    def summary(self) -> str:
+        """The result in words, with the table; of no folder."""
+        given, full, packed = self.rows
         before, after = self.matrix_bytes
-        given, packed = (", ".join(f"{k} {v:.4f}" for k, v in self.metrics[name].items()) for name in self.metrics)
         layouts = ", ".join(f"{count} {layout}" for layout, count in self.layouts.items()) or "none is left"
         fewer = "nothing is left"
         if after and self.compression is not None:
             fewer = f"{self.compression:.2f} times fewer weights, {before / after:.2f} times fewer bytes"
-        faster = self.milliseconds["full"] / self.milliseconds["packed"]
-        text = (
-            f"Pruned matrices: {fewer}.\n"
-            f"Parameters: {self.parameters[0]:,} before, {self.parameters[1]:,} after.\n"
-            f"Validation: {given} before; {packed} after.\n"
-            f"Layers by layout: {layouts}. A batch of 32 rows: {self.milliseconds['full']:.1f} ms full, "
-            f"{self.milliseconds['packed']:.1f} ms packed, {faster:.2f} times as fast here."
-        )
+        faster = full.ms_per_text["32"] / packed.ms_per_text["32"]
+        lines = [
+            f"On validation {self.metric} is {given.metrics[self.metric]:.4f} ({given.name}) and "
+            f"{packed.metrics[self.metric]:.4f} ({packed.name}).",
+            f"Pruned matrices: {fewer}.",
+            f"Layers by layout: {layouts}. In batches of 32, packing makes the pruned model {faster:.2f} times as fast "
+            "here.",
+        ]
         if set(self.layouts) == {DENSE}:
-            text += "\nNo packed layout beats dense matrices here, so what is left of them runs dense."
-        return f"{text}\nThe packed model is in {self.model_path}."
+            lines.append("No packed layout beats dense matrices here, so what is left of them runs dense.")
+        return "\n".join(lines) + f"\n\n{format_table(self.rows, self.metric)}"
 
 
 def block_prune(
@@ -192,6 +196,7 @@ class BlockPruning(StagedRun):
         """Load the model and the rows, and prune once as a trial, so that what cannot work is known before training."""
         super().__init__(arguments.output_dir, arguments.seed)
         self.arguments = arguments
+        self.rows_from = vars(data) if isinstance(data, DataArguments) else {}
         self.given = self._classifier(arguments.model)
         self.teacher = None if arguments.teacher is None else self._classifier(arguments.teacher)
         if isinstance(self.given, CostEffForSequenceClassification):
@@ -220,7 +225,6 @@ class BlockPruning(StagedRun):
         rows = prepare_data(
             data,
             tokenizer,
-            arguments=data if isinstance(data, DataArguments) else None,
             teacher_config=self.given.config,
             max_positions=self.start.config.longest_text,
         )
@@ -233,16 +237,16 @@ class BlockPruning(StagedRun):
 
     def run(self) -> BlockPruningResult:
         """Go through the stages that are not done yet, then pack and report."""
-        key = settings_key(self.arguments, PRUNING)
+        key = settings_key(self.arguments, OF_PRUNING)
         prune, retrain = f"prune-{key}", f"retrain-{key}"
         stages = [
             Stage.of_model("penalty", self._penalise),
             Stage(prune, self._choose_blocks),
             Stage.of_model(retrain, lambda: self._retrain(retrain, self._masks(prune))),
         ]
-        settings = settings_of_run(self.arguments, self.data, self.given, self.teacher, without=PRUNING)
+        settings = settings_of_run(self.arguments, self.data, self.given, self.teacher, without=OF_PRUNING)
         self._go_through(stages, settings)
-        return self._report(self._load(retrain), self._masks(prune))
+        return self._report(self._load(retrain), self._masks(prune), stages)
 
     def _classifier(self, name: str) -> PreTrainedModel:
         return self._prepared(load_classifier(name, dtype=torch.float32))
@@ -265,7 +269,7 @@ class BlockPruning(StagedRun):
         masks = self._prune(model, self._taylor_scores(model) if self.arguments.importance == TAYLOR else None)
         record = {
             "compression": _finite(masks.compression),
-            **{name: getattr(self.arguments, name) for name in PRUNING},
+            **{name: getattr(self.arguments, name) for name in OF_PRUNING},
         }
         return lambda folder: save_masks(masks, folder / MASKS), record
 
@@ -321,44 +325,48 @@ class BlockPruning(StagedRun):
         )
         return self._train_multi_exit(model, arguments, self.teacher, regularizer)
 
-    def _metrics(self, model: PreTrainedModel, name: str) -> dict[str, float]:
-        logits = collect_exit_logits(model, self.data.validation, self.collator, description=f"Validating the {name}")
-        return compute_metrics(logits.logits[:, -1].numpy(), logits.known_labels(), self.data.problem_type)
+    # The report
 
-    def _report(self, trained: PreTrainedModel, masks: BlockMasks) -> BlockPruningResult:
+    def _contenders(self, pruned: PreTrainedModel, packed: PreTrainedModel) -> list[Contender]:
+        def records(model: PreTrainedModel, name: str) -> ExitLogits:
+            return collect_exit_logits(model, self.data.validation, self.collator, description=f"Validating the {name}")
+
+        own = records(packed, "packed model")  # the pruned model's too: packing changes no answer
+        return [
+            Contender("model as given", self.given, records(self.given, "given model")),
+            Contender("pruned", pruned, own),
+            Contender("pruned and packed", packed, own),
+        ]
+
+    def _report(self, pruned: PreTrainedModel, masks: BlockMasks, stages: list[Stage]) -> BlockPruningResult:
         folder = self.output_dir
-        trained.set_attn_implementation("sdpa")
-        packed = pack(trained, masks)
-        measured = choose_layouts(packed)
+        for each in (pruned, self.given):
+            each.set_attn_implementation("sdpa")
+        packed = pack(pruned, masks)
+        layouts = choose_layouts(packed)
         packed.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        batch = torch.ones(32, min(64, packed.config.longest_text), dtype=torch.long, device=self.device)
-        times = measure_alternating(
-            {
-                "full": lambda: trained.predict(batch, early_exit=False),
-                "packed": lambda: packed.predict(batch, early_exit=False),
-            },
-            repeats=5,
-        )
+        contenders = self._contenders(pruned, packed)
         full = {name: 4 * rows * columns for name, (rows, columns) in masks.shapes.items()}
         stored = {name: size for name, size in full.items() if name in EMBEDDINGS}
         stored |= {name: layer.values.nbytes + layer.index.nbytes for name, layer in packed_linears(packed.costeff)}
         result = BlockPruningResult(
             folder,
+            report_rows(contenders, self.data.validation, self.collator, self.data.problem_type),
+            self.metric,
             _finite(masks.compression),
             (sum(full.values()), sum(stored.values())),
-            (count_parameters(trained), count_parameters(packed)),
-            {"given": self._metrics(self.given, "given model"), "packed": self._metrics(packed, "packed model")},
-            dict(Counter(next(iter(layouts)) for layouts in measured.values())),
-            {name: latency.median_ms for name, latency in times.items()},
+            dict(Counter(next(iter(times)) for times in layouts.values())),
         )
         facts = {
-            **dataclasses.asdict(result),
-            "layer_milliseconds": measured,
-            "hardware": describe_hardware(self.device),
+            **{name: value for name, value in dataclasses.asdict(result).items() if name != "model_path"},
+            "layer_milliseconds": layouts,
+            "exit_config": None,
+            **self._facts(stages, {**self.rows_from, **vars(self.arguments)}),
         }
-        del facts["model_path"]
-        (folder / REPORT).write_text(json.dumps(facts, indent=1))
+        (folder / PRUNING).write_text(json.dumps(facts, indent=1))
+        (folder / "SUMMARY.md").write_text(f"# What came out\n\n{result.summary()}\n")
+        write_model_card(folder, folder.resolve().name)
         return result
 
 

@@ -50,7 +50,7 @@ from .hub import push_folder
 from .importance import compute_importance
 from .model_card import write_model_card
 from .recipes import AUTO, RECIPES, WEAK_EXITS, Phase, Recipe
-from .report import CompressionResult, describe_hardware, write_report
+from .report import CompressionResult, write_report
 from .slenderization import (
     ALLOCATIONS,
     Budget,
@@ -494,10 +494,7 @@ class Compression(StagedRun):
             "widths": describe_widths(Widths.of(slim.config)),
             "exit_config": settings.to_dict(),
             "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
-            "data": self.data.summary(),
-            "settings": self._settings(),
-            "stages": {stage.name: self.store.record(stage.name) for stage in stages},
-            "hardware": describe_hardware(self.device),
+            **self._facts(stages, self._settings()),
         }
         write_report(result, exit_curve(records["slim model"], slim.config, self.metric), facts)
         write_model_card(result.model_path, self.arguments.push_to_hub or result.model_path.resolve().name)

@@ -24,7 +24,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CARD = "README.md"
-FIGURES = ("SUMMARY.md", "efficiency.json", "pareto.png", "layer_skipping.json", "skipping.png")
+FIGURES = (
+    *("SUMMARY.md", "efficiency.json", "pareto.png"),
+    *("layer_skipping.json", "skipping.png", "block_pruning.json"),
+)
 REPORT_FILES = (CARD, *FIGURES)
 TOKENIZER_FILES = (
     *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),

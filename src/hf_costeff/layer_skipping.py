@@ -34,7 +34,7 @@ from .group_outcomes import class_outcomes
 from .model_card import write_model_card
 from .modeling_costeff import CostEffForSequenceClassification
 from .recipes import Phase, check_ranges
-from .report import SKIPPING, describe_hardware, without_folders
+from .report import SKIPPING
 from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
 from .skip_training import check_skip_settings
 from .staged_run import Stage, StagedRun, settings_key, settings_of_run
@@ -215,7 +215,7 @@ class LayerSkipping(StagedRun):
         """Load the model and the rows and add the gates, so that what cannot work is known before training."""
         super().__init__(arguments.output_dir, arguments.seed)
         self.arguments = arguments
-        self.data_arguments = data if isinstance(data, DataArguments) else None
+        self.rows_from = vars(data) if isinstance(data, DataArguments) else {}
         given, self.missing = load_unfinished_classifier(arguments.model, dtype=torch.float32)
         if self.missing and isinstance(given, CostEffForSequenceClassification):
             load_classifier(arguments.model)  # says what is missing
@@ -227,7 +227,6 @@ class LayerSkipping(StagedRun):
         rows = prepare_data(
             data,
             tokenizer,
-            arguments=self.data_arguments,
             teacher_config=None if self.missing else given.config,
             max_positions=longest_text(given.config),
         )
@@ -348,11 +347,6 @@ class LayerSkipping(StagedRun):
         self._go_through(stages, settings)
         return self._report(stages)
 
-    def _named_settings(self) -> dict[str, Any]:
-        """What was asked for, where the rows came from included, as a report tells it."""
-        rows = {} if self.data_arguments is None else vars(self.data_arguments)
-        return {**rows, **vars(self.arguments)}
-
     def _train(self, stage: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         model = self._prepared(self.start) if stage == BACKBONE else self._load(BACKBONE)
         arguments = self.trainings[stage]
@@ -420,10 +414,7 @@ class LayerSkipping(StagedRun):
             "exits_trained": self._exits_fit(),
             "exit_config": None if settings is None else settings.to_dict(),
             "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
-            "data": self.data.summary(),
-            "settings": {name: without_folders(value) for name, value in self._named_settings().items()},
-            "stages": {stage.name: self.store.record(stage.name) for stage in stages},
-            "hardware": describe_hardware(self.device),
+            **self._facts(stages, {**self.rows_from, **vars(self.arguments)}),
         }
         (folder / SKIPPING).write_text(json.dumps(facts, indent=1))
         (folder / "SUMMARY.md").write_text(f"# What came out\n\n{result.summary()}\n")

@@ -20,7 +20,7 @@ from .group_outcomes import GroupOutcome
 from .guarantees import describe_promise
 from .hub import CARD, MARKER, TAGS, is_written_by_hand, plain_card, read_json
 from .markdown import markdown_table, quoted
-from .report import COMPRESSION, SKIPPING
+from .report import COMPRESSION, PRUNING, SKIPPING
 from .skip_diagnostics import SkipDiagnostics
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,6 +45,14 @@ SETTINGS = {
     "hard_gate_ratio": "share of hard weights",
     "contrastive_weight": "weight of the contrast between layers",
     "exit_pooling": "exits look at",
+    "ratio": "share of the blocks pruned",
+    "threshold": "blocks pruned below a norm of",
+    "importance": "blocks ranked by",
+    "rows": "rows of a block",
+    "columns": "columns of a block",
+    "row_slabs": "slabs of rows",
+    "column_slabs": "slabs of columns",
+    "strength": "strength of the penalty",
     "metric": "chosen by",
     "precision": "precision",
     "batch_size": "batch size",
@@ -208,7 +216,7 @@ class ReportCard(ABC):
 
     def who_pays(self) -> str:
         """Which class pays for early exit, as far as it was measured."""
-        general = "Early exit does not treat all classes alike"
+        general = f"{'Early exit' if self.has_exits else 'A smaller model'} does not treat all classes alike"
         if not self.classes:
             return f"{general}: rare or subtle ones may lose more than the mean says. Measured here is the mean alone."
         worst = self.classes[0]
@@ -324,8 +332,29 @@ class SkippingCard(ReportCard):
         return "" if found is None else SkipDiagnostics(**found).describe()
 
 
-CARDS: tuple[type[ReportCard], ...] = (SkippingCard, CompressionCard)
-"""By the report that lies in the folder, the first that is there: layers may be skipped by a compressed model."""
+@dataclass(frozen=True)
+class PruningCard(ReportCard):
+    """The card of a model that was pruned block by block."""
+
+    FILE = PRUNING
+    SOURCE = "model"
+    OTHERS = ("model as given", "pruned")
+    PAPERS = ("blockpruning", "costeff")
+
+    def what(self, source: str | None) -> str:
+        """How much of its matrices is left, and in which form."""
+        before, after = self.report["matrix_bytes"]
+        left = "nothing is left of them" if not after else f"they take {before / after:.1f} times fewer bytes"
+        exits = f", with exits after layers {', '.join(map(str, self.config.exit_layers))}" if self.has_exits else ""
+        return (
+            f"An encoder classifier of {self.config.num_hidden_layers} layers{exits}, whose matrices were pruned block "
+            f"by block and packed: {left}.\nIt was made from {source or 'a local checkpoint'} by [reweighted "
+            "block-structured\npruning](https://arxiv.org/abs/2009.08065) with `hf_costeff`."
+        )
+
+
+CARDS: tuple[type[ReportCard], ...] = (PruningCard, SkippingCard, CompressionCard)
+"""By the report that lies in the folder, the first that is there: each works on what the next ones make."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from .evaluation import ReportRow, format_table
 from .exit_replay import ExitOutcome
 from .hub import read_json
 
-COMPRESSION, SKIPPING = "efficiency.json", "layer_skipping.json"
+COMPRESSION, SKIPPING, PRUNING = "efficiency.json", "layer_skipping.json", "block_pruning.json"
 """What the recipes call their reports."""
+REPORTS = (COMPRESSION, SKIPPING, PRUNING)
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,6 @@ class CompressionResult:
 def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts: Mapping[str, Any]) -> None:
     """Write `efficiency.json`, `SUMMARY.md` and `pareto.png` into the model's folder.
 
-    Of local paths only the last part is written: the folder may be pushed.
-
     Args:
         result: Rows and plan.
         curve: The slim model at every threshold.
@@ -59,7 +58,6 @@ def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts:
         "curve": [dataclasses.asdict(point) for point in curve],
         "plan": {**dataclasses.asdict(result.plan), "widths": facts["widths"]},
         **{name: fact for name, fact in facts.items() if name != "widths"},
-        "settings": {name: without_folders(value) for name, value in facts["settings"].items()},
     }
     (result.model_path / COMPRESSION).write_text(json.dumps(report, indent=1))
     (result.model_path / "SUMMARY.md").write_text(summarize(result, report))
@@ -69,8 +67,8 @@ def write_report(result: CompressionResult, curve: Sequence[ExitOutcome], facts:
 def drop_exit_figures(folder: str | Path) -> bool:
     """Take out of a model's folder what was measured with exit settings that it no longer has.
 
-    The report of a compression, or of layer skipping, keeps everything else: teacher, assistant, full depth, plan,
-    stages. `SUMMARY.md` and `pareto.png` speak of early exit throughout and are removed.
+    The report of a recipe keeps everything else: teacher, assistant, full depth, plan, stages. `SUMMARY.md` and
+    `pareto.png` speak of early exit throughout, where any was measured, and are then removed.
 
     Args:
         folder: A saved model, with the report of its run or without.
@@ -82,13 +80,12 @@ def drop_exit_figures(folder: str | Path) -> bool:
         ValueError: If a report is damaged.
     """
     folder = Path(folder)
-    reports = [folder / name for name in (COMPRESSION, SKIPPING) if (folder / name).exists()]
-    for file in reports:
-        report = read_json(file)
-        if report["exit_config"] is not None:
-            report |= {"rows": report["rows"][:-1], "exit_config": None, "classes": [], "curve": []}
-            file.write_text(json.dumps(report, indent=1))
-    for name in ("SUMMARY.md", "pareto.png") if reports else ():
+    reports = {file: read_json(file) for name in REPORTS if (file := folder / name).exists()}
+    with_exits = {file: report for file, report in reports.items() if report["exit_config"] is not None}
+    for file, report in with_exits.items():
+        report |= {"rows": report["rows"][:-1], "exit_config": None, "classes": [], "curve": []}
+        file.write_text(json.dumps(report, indent=1))
+    for name in ("SUMMARY.md", "pareto.png") if with_exits else ():
         (folder / name).unlink(missing_ok=True)
     return bool(reports)
 

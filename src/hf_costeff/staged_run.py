@@ -27,6 +27,7 @@ from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
 from .evaluation import row_keys
 from .metrics import check_metric, default_metric
 from .recipes import Phase
+from .report import describe_hardware, without_folders
 from .stages import StageStore, working_folder
 from .trainer import CostEffTrainer, ResumableTrainer
 from .training_args import CostEffTrainingArguments
@@ -148,6 +149,20 @@ class StagedRun:
                 started = time.monotonic()
                 save, record = stage.run()
                 self.store.finish(stage.name, save, {**record, "seconds": round(time.monotonic() - started, 1)})
+
+    def _facts(self, stages: Sequence[Stage], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What every report tells beside its figures, JSON-ready. Of local paths only the last part: it may be pushed.
+
+        Args:
+            stages: That were gone through.
+            settings: That were asked for, where the rows came from included.
+        """
+        return {
+            "data": self.data.summary(),
+            "settings": {name: without_folders(value) for name, value in settings.items()},
+            "stages": {stage.name: self.store.record(stage.name) for stage in stages},
+            "hardware": describe_hardware(self.device),
+        }
 
     def _load(self, stage: str) -> PreTrainedModel:
         """The model of a finished stage."""
