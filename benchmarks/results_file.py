@@ -36,3 +36,8 @@ class ResultsFile:
         self.file.parent.mkdir(exist_ok=True, parents=True)
         self.file.write_text(json.dumps({"settings": self.settings, "rows": self.rows}, indent=1))
         print(name, json.dumps(row if shown is None else shown), flush=True)
+
+
+def rows_of(file: Path) -> dict[str, Any]:
+    """The rows of such a file, by name."""
+    return json.loads(file.read_text())["rows"]

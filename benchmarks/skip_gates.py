@@ -41,7 +41,7 @@ from hf_costeff.layer_skipping import OF_EXITS, LayerSkipping, LayerSkippingArgu
 from hf_costeff.metrics import METRICS, paired_bootstrap
 from hf_costeff.report import SKIPPING
 from real_run import METRIC, SPLITS
-from results_file import RESULTS, ResultsFile
+from results_file import RESULTS, ResultsFile, rows_of
 
 TASKS = ("rte", "wnli", "mrpc", "cola", "sst2")
 UNGATED = "exits"
@@ -207,7 +207,7 @@ def chart(given: argparse.Namespace) -> None:
     """Metric against FLOPs, one picture per task: a line per run with exits, a point per run that skips alone."""
     figure = new_figure(4.5 * len(given.tasks), 4)
     for axes, task in zip(figure.subplots(1, len(given.tasks), squeeze=False)[0], given.tasks, strict=True):
-        rows = json.loads((RESULTS / f"skip-{task}{given.suffix}.json").read_text())["rows"]
+        rows = rows_of(RESULTS / f"skip-{task}{given.suffix}.json")
         ungated = [row for name, row in rows.items() if name.startswith(f"{UNGATED}/")]
         whole = statistics.mean(row["flops_per_row"]["all layers"] for row in ungated)
         for name, row in rows.items():

@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from hf_costeff.markdown import markdown_table
-from results_file import RESULTS
+from results_file import RESULTS, rows_of
 
 PAGE = RESULTS.parent.parent / "docs" / "results.md"
 TASKS = ("sst2", "mrpc", "cola", "rte", "stsb", "qnli", "mnli", "clinc150")
@@ -55,11 +55,6 @@ def main() -> None:
 
 OTHERS = re.compile("-(same|last)-")
 """In the name of a run whose exits have another teacher than the recipe would choose, as a comparison."""
-
-
-def rows_of(file: Path) -> dict[str, dict]:
-    """Of a file with settings and rows, see results_file.py."""
-    return json.loads(file.read_text())["rows"]
 
 
 def all_runs() -> dict[str, dict]:

@@ -231,12 +231,11 @@ def choose_layouts(
             measured[name] = {layout: times[layout].median_ms for layout in by_time}
             layer.forget()
             layer.set_layout(by_time[0])
-        if measured and not _gains(
-            model, {name: next(iter(times)) for name, times in measured.items()}, shape[:2], repeats
-        ):
-            measured = {name: {DENSE: times[DENSE], **times} for name, times in measured.items()}
-    set_layouts(model, {name: next(iter(times)) for name, times in measured.items()})
-    return measured
+        chosen = {name: next(iter(times)) for name, times in measured.items()}
+        if chosen and not _gains(model, chosen, shape[:2], repeats):
+            chosen = dict.fromkeys(chosen, DENSE)
+    set_layouts(model, chosen)
+    return {name: {chosen[name]: times[chosen[name]], **times} for name, times in measured.items()}
 
 
 def _gains(
