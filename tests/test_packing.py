@@ -33,6 +33,8 @@ SHAPES = {
     "columns of row slabs": BlockShape(rows=5, columns=1),
     "rectangles": BlockShape(rows=4, columns=3),
     "balanced squares": BlockShape(rows=2, columns=2, balanced=True),
+    "whole rows": BlockShape(rows=1),
+    "two slabs": BlockShape(column_slabs=2),
 }
 BATCH = random_batch([7, 3, 11, 2, 9, 5])
 
@@ -42,7 +44,7 @@ def model():
     return convert_from_stock(tiny_bert())
 
 
-def same_answers(packed, masked, **settings):
+def same_answers(packed, masked):
     for early_exit in (False, 0.9):
         found, expected = (model.predict(**BATCH, early_exit=early_exit) for model in (packed, masked))
         torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
@@ -57,7 +59,7 @@ def test_a_packed_model_answers_as_the_masked_one(model, blocks, ratio):
     assert any(isinstance(module, PackedLinear) for module in packed.modules())
     same_answers(packed, masked)
     for name, _ in packed_linears(packed.costeff):
-        set_layouts(packed, {name: "sparse_blocks" if blocks.rows == blocks.columns else "dense"})
+        set_layouts(packed, {name: "sparse_blocks" if blocks.rows and blocks.rows == blocks.columns else "dense"})
     same_answers(packed, masked)
 
 
@@ -247,6 +249,61 @@ def fake_measurement(order):
         return {name: Latency(1.0 + (name != winner), 2.0, 1) for name in candidates}
 
     return measure
+
+
+def test_a_matrix_that_shrinks_below_its_blocks_is_packed(tmp_path):
+    """Neurons die whole, and what is left of their matrices is smaller than a block was."""
+    wide = convert_from_stock(tiny_bert(intermediate_size=96))
+    for blocks in (BlockShape(rows=1), BlockShape(column_slabs=1), BlockShape(row_slabs=2, columns=1)):
+        masks = prune_blocks(wide, blocks, ratio=0.9)
+        packed = pack(wide, masks)
+        same_answers(packed, zero_blocks(wide, masks))
+        packed.save_pretrained(tmp_path)
+        same_answers(AutoModelForSequenceClassification.from_pretrained(tmp_path), packed)
+    assert max(packed.config.intermediate_size) < 48
+
+
+@pytest.mark.parametrize("layout", ["panels", "tiles", "sparse_blocks", "dense"])
+def test_a_packed_model_learns_after_it_answered_and_answers_by_what_it_learnt(model, layout):
+    packed = pack(model, prune_blocks(model, BlockShape(rows=2, columns=2), ratio=0.5))
+    set_layouts(packed, {name: layout for name, _ in packed_linears(packed.costeff)})
+    packed.eval()
+    before = packed.predict(**BATCH, early_exit=False).logits
+    packed(**BATCH, labels=torch.tensor([0, 1, 2, 0, 1, 2])).loss.backward()
+    torch.optim.AdamW(packed.parameters(), lr=1e-2, fused=True).step()
+    after = packed.predict(**BATCH, early_exit=False).logits
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, unpack(packed).predict(**BATCH, early_exit=False).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["panels", "tiles", "sparse_blocks", "dense"])
+def test_every_layout_answers_in_half_precision_and_under_autocast(model, layout):
+    masks = prune_blocks(model, BlockShape(rows=2, columns=2), ratio=0.5)
+    packed, masked = pack(model, masks), zero_blocks(model, masks)
+    set_layouts(packed, {name: layout for name, _ in packed_linears(packed.costeff)})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = (each.predict(**BATCH, early_exit=False).logits for each in (packed, masked))
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.02)
+    found, expected = (each.bfloat16().predict(**BATCH, early_exit=False).logits for each in (packed, masked))
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("layout", ["panels", "tiles", "sparse_blocks", "dense"])
+def test_gradients_pass_through_a_frozen_packed_model(model, layout):
+    masks = prune_blocks(model, BlockShape(rows=2, columns=2), ratio=0.5)
+    packed, masked = pack(model, masks).eval(), zero_blocks(model, masks).eval()
+    set_layouts(packed, {name: layout for name, _ in packed_linears(packed.costeff)})
+    found = []
+    for each in (packed, masked):
+        embeddings = each.requires_grad_(False).get_input_embeddings()
+        embeddings.requires_grad_(True)
+        each(**BATCH).logits.sum().backward()
+        found.append(embeddings.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_not_packed_has_no_layouts_to_choose(model):
+    assert choose_layouts(model) == {} and model.config.packed_layers is None
 
 
 def test_a_packed_model_learns(model):

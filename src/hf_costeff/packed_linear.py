@@ -33,7 +33,8 @@ class Packing:
         block: Rows and columns of the blocks that were pruned, for the layout `"sparse_blocks"`.
         layout: How it is multiplied: `"panels"` panel by panel, which leaves the result of column slabs transposed in
             memory; `"tiles"` the same for a few rows of the input at a time, put in order at once; `"sparse_blocks"` by
-            torch's block-sparse rows; `"dense"` as one matrix that is filled up with zeros when it is first used.
+            torch's block-sparse rows, where it has them for the numbers at hand, and else by panels; `"dense"` as one
+            matrix that is filled up with zeros when it is first used.
     """
 
     along: str
@@ -158,12 +159,19 @@ class PackedLinear(nn.Module):
         return {**super().__getstate__(), "_ready": {}}
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Shape (..., in_features) to (..., out_features)."""
+        """Shape (..., in_features) to (..., out_features).
+
+        Raises:
+            ValueError: If an index lies outside the matrix.
+        """
         learns = torch.is_grad_enabled() and self.values.requires_grad
+        if learns:  # a fused optimizer's step leaves no trace by which a change is seen
+            for layout in (DENSE, SPARSE_BLOCKS):
+                self._ready.pop(layout, None)
         if self.packing.layout == DENSE:
             return functional.linear(inputs, self.dense() if learns else self._prepared(DENSE), self.bias)
         flat = inputs.reshape(-1, self.in_features)
-        if self.packing.layout == SPARSE_BLOCKS and not learns:
+        if self.packing.layout == SPARSE_BLOCKS and not learns and has_sparse_blocks(flat):
             output = (self._prepared(SPARSE_BLOCKS) @ flat.T).T + self.bias
         elif self.packing.layout == TILES and not learns:
             output = flat.new_empty(len(flat), self.out_features)
@@ -230,9 +238,10 @@ class PackedLinear(nn.Module):
         known, found = self._ready.get(what, (None, None))
         if known != state:
             if what == "index":
-                found = self._checked_indices()
+                with torch.inference_mode(False):  # else they could not be used in training afterwards
+                    found = self._checked_indices()
             else:
-                with torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad():
                     found = self.dense().contiguous()
                 if what == SPARSE_BLOCKS:
                     with warnings.catch_warnings():
@@ -252,12 +261,29 @@ class PackedLinear(nn.Module):
         return index.split(self.packing.kept)
 
 
+def has_sparse_blocks(inputs: Tensor) -> bool:
+    """Whether torch can multiply its block-sparse rows by these inputs: on a CPU in full precision, with MKL, forward.
+
+    Args:
+        inputs: Of a layer.
+    """
+    if torch.is_grad_enabled() and inputs.requires_grad:
+        return False
+    if inputs.device.type != "cpu":
+        return True
+    full = inputs.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return full and torch.backends.mkl.is_available()
+
+
 def use_packed_layers(model: nn.Module, packed_layers: Mapping[str, Any] | None) -> None:
     """Put packed layers in the place of linear ones, without values; whoever builds a model from its config calls this.
 
     Args:
         model: A base model whose linear layers have their full shapes.
         packed_layers: Name of a linear layer -> its [`Packing`] as plain values; `None` for none.
+
+    Raises:
+        ValueError: If one does not describe a part of its matrix.
     """
     for name, described in (packed_layers or {}).items():
         full = cast(nn.Linear, model.get_submodule(name))

@@ -132,7 +132,9 @@ def _packing(masks: BlockMasks, name: str, rows: Tensor | None, columns: Tensor 
     left = torch.ones(length, dtype=torch.long) if alive_length is None else alive_length.long()
     sizes = torch.stack([part.sum() for part in left.split(slab)])
     kept, slabs = kept[:, sizes > 0], tuple(sizes[sizes > 0].tolist())
-    return Packing(along, slabs, tuple(kept.sum(dim=0).tolist()), (height, width)), kept
+    left_of = (len(kept), sum(slabs)) if along == COLUMNS else (sum(slabs), len(kept))
+    block_left = (min(height, left_of[0]), min(width, left_of[1]))
+    return Packing(along, slabs, tuple(kept.sum(dim=0).tolist()), block_left), kept
 
 
 def _panels(matrix: Tensor, packing: Packing, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,6 +218,8 @@ def choose_layouts(
     Returns:
         Per layer: layout -> median milliseconds of the block that the layer is in, the chosen one first.
     """
+    if not model.config.packed_layers:
+        return {}
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, eager_attention)
     shape = (batch_size, seq_length, model.config.hidden_size)
     hidden = torch.randn(shape, device=model.device, dtype=model.dtype)
@@ -232,7 +236,7 @@ def choose_layouts(
             layer.forget()
             layer.set_layout(by_time[0])
         chosen = {name: next(iter(times)) for name, times in measured.items()}
-        if chosen and not _gains(model, chosen, shape[:2], repeats):
+        if not _gains(model, chosen, shape[:2], repeats):
             chosen = dict.fromkeys(chosen, DENSE)
     set_layouts(model, chosen)
     return {name: {chosen[name]: times[chosen[name]], **times} for name, times in measured.items()}
@@ -269,7 +273,7 @@ def _runnable(layer: PackedLinear, run: Callable[[], Any]) -> list[str]:
     for layout in layer.packing.layouts(layer.out_features, layer.in_features):
         try:
             _run_with(layer, layout, run)
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:
             if layout in (PANELS, DENSE):
                 raise
         else:
