@@ -46,7 +46,7 @@ from results_file import RESULTS, ResultsFile, rows_of
 TASKS = ("rte", "wnli", "mrpc", "cola", "sst2")
 UNGATED = "exits"
 VARIANTS: dict[str, dict[str, Any]] = {
-    UNGATED: {"gates": "none"},
+    UNGATED: {"gates": "none", "contrastive_weight": 0.0, "exit_contrastive_weight": 0.0},
     "full": {},
     "skips": {"exit_epochs": 0.0},
     "soft weights only": {"hard_gate_ratio": 0.0},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import DatasetDict
 from transformers import AutoModelForSequenceClassification
 
 from helpers import save_named, sentence_rows, tiny_bert, tiny_model, word_tokenizer
@@ -35,6 +36,10 @@ def prune(folder, model="stock", **settings):
     return block_prune(arguments, sentence_rows(300))
 
 
+def report(folder):
+    return json.loads((folder / "packed" / "block_pruning.json").read_text())
+
+
 def stages(folder):
     return {path.name.split("-")[0]: path for path in (folder / "packed" / "stages").iterdir() if path.is_dir()}
 
@@ -58,7 +63,7 @@ def test_a_slim_multi_exit_model_keeps_its_exits(folder):
     result = prune(folder, model="slim", columns=None, column_slabs=2, ratio=0.44)
     model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
     assert model.config.exit_layers == [1, 2, 3, 4] and model.config.exit_config is None
-    assert model.predict(torch.randint(4, 20, (3, 7)), early_exit=0.999).exit_layer.min() >= 1
+    assert {row["name"]: len(row["exit_shares"]) for row in report(folder)["rows"]}["pruned and packed"] == 4
 
 
 def test_a_ratio_of_one_leaves_nothing_of_the_matrices_and_says_so(folder):
@@ -167,6 +172,53 @@ def test_blocks_are_ranked_by_taylor_scores_of_the_penalised_model_or_by_magnitu
     assert sum(len(batch["labels"]) for _, batch in seen) == len(train_keys(folder / "packed"))
 
 
+@pytest.mark.parametrize("across", [False, True])
+def test_layers_that_compete_are_scored_without_gradient_equilibrium(across, folder, monkeypatch):
+    gradients = []
+
+    def scored(model, blocks, batches, loss, embeddings):
+        batch, weight = next(iter(batches)), model.costeff.layers[0].feed_forward.output.weight
+        loss(model, batch).backward()
+        gradients.append(weight.grad.clone())
+        model.zero_grad()
+        outputs = model(batch["input_ids"], batch["attention_mask"], gradient_equilibrium=False if across else None)
+        sum(torch.nn.functional.cross_entropy(logits, batch["labels"]) for logits in outputs.exit_logits).backward()
+        gradients.append(weight.grad.clone())
+        model.zero_grad()
+        return block_energies(model, blocks, embeddings)
+
+    monkeypatch.setattr(block_compression, "compute_block_importance", scored)
+    prune(folder, "slim", penalty_epochs=0, retrain_epochs=0, across_matrices=across)
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05 * gradients[1].abs().max().item())
+
+
+def test_rows_without_labels_are_learnt_from_a_teacher_and_refused_without_one(folder):
+    rows = sentence_rows(300)
+    train = rows.select(range(60, 300)).remove_columns("label")
+    unlabelled = DatasetDict(train=train, validation=rows.select(range(60)))
+    unlabelled["calibration"] = sentence_rows(50, seed=5).remove_columns("label")
+    arguments = {"model": str(folder / "slim"), "output_dir": str(folder / "packed"), **SHORT}
+    for importance in ("taylor", "magnitude"):
+        with pytest.raises(ValueError, match="neither labels nor a teacher"):
+            block_prune(BlockPruningArguments(**arguments, importance=importance), unlabelled)
+    assert not (folder / "packed").exists()
+    block_prune(BlockPruningArguments(**arguments, teacher=str(folder / "stock")), unlabelled)
+    assert report(folder)["stages"]["penalty"]["steps"] > 0
+
+
+def test_a_teacher_that_cuts_texts_otherwise_is_refused(folder):
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(folder / "stock")
+    with pytest.raises(ValueError, match="cuts texts into other pieces"):
+        prune(folder, "slim", teacher=str(folder / "stock"))
+
+
+def test_a_stock_classifier_whose_exit_would_stay_as_drawn_is_refused(folder):
+    with pytest.raises(ValueError, match="`penalty_epochs` and `retrain_epochs` are 0"):
+        prune(folder, penalty_epochs=0, retrain_epochs=0, importance="magnitude")
+
+
 def test_a_threshold_is_a_magnitude():
     arguments = BlockPruningArguments("model", "packed", threshold=0.1)
     assert arguments.importance == "magnitude" and BlockPruningArguments("model", "packed").importance == "taylor"
@@ -245,10 +297,10 @@ def test_what_cannot_work_is_refused_before_training(folder, settings, error, mo
 
 def test_the_command_prunes_and_says_what_came_of_it(folder, capsys):
     sentence_rows(300).to_csv(folder / "rows.csv")
-    words = ["--penalty_epochs", "0", "--importance", "magnitude", "--retrain_epochs", "0"]
+    words = ["--penalty_epochs", "0", "--importance", "magnitude", "--retrain_epochs", "0.1"]
     words += ["--rows", "3", "--columns", "1", "--ratio", "0.3"]
     files = ["--train_file", str(folder / "rows.csv"), "--output_dir", str(folder / "packed")]
     assert cli.main(["block-prune", str(folder / "stock"), *words, *files]) == 0
-    assert "1.4" in capsys.readouterr().out
+    assert "1.40 times fewer weights" in capsys.readouterr().out
     assert cli.main(["block-prune", str(folder / "stock"), *words[:-1], "1", *files]) == 1
     assert "ratio` is 1.0" in capsys.readouterr().err

@@ -190,6 +190,13 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, regularizer):
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("other", [BlockShape(rows=1), BlockShape(columns=3)], ids=str)
+def test_a_checkpoint_whose_blocks_were_cut_otherwise_is_refused(tmp_path, other):
+    train(fresh(), tmp_path, BlockPenalty(other, 1.0), steps=2)
+    with pytest.raises(ValueError, match="blocks were cut otherwise"):
+        train(fresh(), tmp_path, BlockPenalty(BLOCKS, 1.0), resume=True)
+
+
 def test_a_checkpoint_without_block_weights_is_refused(tmp_path):
     train(fresh(), tmp_path, None, steps=2)
     with pytest.raises(ValueError, match="without a block penalty"):

@@ -27,10 +27,10 @@ TIERS = {
     1: "augmentation conversion gating importance slenderization losses block_pruning packing efficiency calibration "
     "calibration_goals exit_replay guarantees metrics group_outcomes exit_quality monitoring cascade_costs "
     "skip_diagnostics teacher",
-    2: "markdown training_args block_training skip_training trainer checkpoints checksums mask_files data columns "
-    "evaluation recipes distillation compression_args stages staged_run compression block_compression layer_skipping "
-    "report exit_report charts prediction difficulty model_card onnx_runner export benchmarking benchmark_report "
-    "exit_times cascade cascade_training",
+    2: "markdown training_args regularizer block_training skip_training trainer checkpoints checksums mask_files data "
+    "columns evaluation recipes distillation compression_args stages staged_run compression block_compression "
+    "layer_skipping report exit_report charts prediction difficulty model_card onnx_runner export benchmarking "
+    "benchmark_report exit_times cascade cascade_training",
     3: "commands cli",
 }
 TIER = {name: tier for tier, names in TIERS.items() for name in names.split()}

@@ -67,12 +67,16 @@ def test_every_layout_answers_as_the_full_matrix(described, shape):
                 torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("described", [COLUMN_SLABS, ROW_SLABS, SQUARES], ids=["columns", "rows", "squares"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("described", "layout"),
+    [
+        *((COLUMN_SLABS, layout) for layout in ("panels", "tiles", "dense")),
+        *((ROW_SLABS, layout) for layout in ("panels", "dense")),
+        *((SQUARES, layout) for layout in LAYOUTS),
+    ],
+)
 def test_gradients_are_those_of_the_full_matrix_where_it_is_kept(described, layout):
     layer, full = filled(described)
-    if layout not in layer.packing.layouts(12, 10):
-        return
     layer.set_layout(layout)
     inputs, weights = torch.randn(6, 10, requires_grad=True), torch.randn(6, 12)
     (layer(inputs) * weights).sum().backward()

@@ -23,21 +23,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .block_pruning import EMBEDDINGS, BlockMasks, BlockShape, compute_block_importance, prune_blocks, zero_blocks
-from .block_training import BlockPenalty, MaskedTraining, Regularizer
+from .block_training import BlockPenalty, MaskedTraining
 from .checkpoints import load_classifier, load_tokenizer
 from .conversion import convert_from_stock
 from .data import DataArguments, prepare_data
 from .distillation import random_batches
 from .evaluation import Contender, ReportRow, collect_exit_logits, format_table, model_inputs, report_rows
 from .exit_criteria import answers
-from .exit_replay import ExitLogits
 from .losses import task_loss
 from .mask_files import load_masks, save_masks
 from .model_card import write_model_card
 from .modeling_costeff import CostEffForSequenceClassification
 from .packed_linear import DENSE
 from .packing import choose_layouts, pack, packed_linears
-from .recipes import Phase, check_ranges
+from .recipes import IMPORTANCE_ROWS, Phase, check_ranges
+from .regularizer import Regularizer
 from .report import PRUNING
 from .staged_run import Stage, StagedRun, settings_key, settings_of_run
 from .teacher import check_teacher
@@ -45,7 +45,6 @@ from .training_args import CostEffTrainingArguments
 
 MASKS = "masks.safetensors"
 MAGNITUDE, TAYLOR = "magnitude", "taylor"
-IMPORTANCE_ROWS = 640
 OF_PRUNING = (
     *("ratio", "threshold", "importance", "across_matrices", "allow_empty"),
     *("retrain_epochs", "retrain_learning_rate"),
@@ -197,10 +196,16 @@ class BlockPruning(StagedRun):
         super().__init__(arguments.output_dir, arguments.seed)
         self.arguments = arguments
         self.rows_from = vars(data) if isinstance(data, DataArguments) else {}
-        self.given = self._classifier(arguments.model)
-        self.teacher = None if arguments.teacher is None else self._classifier(arguments.teacher)
+        self.given = self._prepared(load_classifier(arguments.model, dtype=torch.float32))
+        tokenizer = load_tokenizer(arguments.model)
+        self.teacher = self._load_teacher(arguments.teacher, tokenizer)
         if isinstance(self.given, CostEffForSequenceClassification):
             self.start = copy.deepcopy(self.given)  # which the report is to measure as it came
+        elif not arguments.penalty_epochs and not arguments.retrain_epochs:
+            raise ValueError(
+                "`penalty_epochs` and `retrain_epochs` are 0, so the exit that a stock classifier gets would stay as "
+                "it was drawn. Train it in one of them, or give a multi-exit model."
+            )
         elif arguments.importance == TAYLOR and not arguments.penalty_epochs:
             raise ValueError(
                 "`penalty_epochs` is 0, so the exit that a stock classifier gets would be as it was drawn when blocks "
@@ -221,7 +226,6 @@ class BlockPruning(StagedRun):
             proximal=arguments.proximal,
             embeddings=arguments.embeddings,
         )
-        tokenizer = load_tokenizer(arguments.model)
         rows = prepare_data(
             data,
             tokenizer,
@@ -229,14 +233,16 @@ class BlockPruning(StagedRun):
             max_positions=self.start.config.longest_text,
         )
         self._take_rows(rows, tokenizer, arguments.metric)
-        if arguments.importance == TAYLOR and self.teacher is None and "labels" not in self.data.train.column_names:
+        learns = arguments.penalty_epochs or arguments.retrain_epochs or arguments.importance == TAYLOR
+        if learns and self.teacher is None and "labels" not in self.data.train.column_names:
             raise ValueError(
-                "`importance` is 'taylor', and the training rows have neither labels nor a teacher to be scored by. "
-                "Name a `teacher`, or set `importance` to 'magnitude'."
+                "The training rows have neither labels nor a teacher to learn from and to be scored by. Name a "
+                "`teacher`, or add a label column."
             )
 
     def run(self) -> BlockPruningResult:
         """Go through the stages that are not done yet, then pack and report."""
+        self._label_calibration(self.teacher)
         key = settings_key(self.arguments, OF_PRUNING)
         prune, retrain = f"prune-{key}", f"retrain-{key}"
         stages = [
@@ -247,9 +253,6 @@ class BlockPruning(StagedRun):
         settings = settings_of_run(self.arguments, self.data, self.given, self.teacher, without=OF_PRUNING)
         self._go_through(stages, settings)
         return self._report(self._load(retrain), self._masks(prune), stages)
-
-    def _classifier(self, name: str) -> PreTrainedModel:
-        return self._prepared(load_classifier(name, dtype=torch.float32))
 
     def _prune(self, model: Any, scores: dict[str, Tensor] | None = None) -> BlockMasks:
         wanted = self.arguments
@@ -288,8 +291,9 @@ class BlockPruning(StagedRun):
         return compute_block_importance(model, wanted.blocks(), batches, self._loss_of_labels, wanted.embeddings)
 
     def _loss_of_labels(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        across = False if self.arguments.across_matrices else None  # layers compete: none is scaled by its depth
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            exit_logits = model(**model_inputs(model, batch)).exit_logits
+            exit_logits = model(**model_inputs(model, batch), gradient_equilibrium=across).exit_logits
             labels = batch["labels"] if "labels" in batch else self._answers_of_teacher(batch)
         return task_loss(exit_logits, labels, self.data.problem_type)
 
@@ -328,14 +332,11 @@ class BlockPruning(StagedRun):
     # The report
 
     def _contenders(self, pruned: PreTrainedModel, packed: PreTrainedModel) -> list[Contender]:
-        def records(model: PreTrainedModel, name: str) -> ExitLogits:
-            return collect_exit_logits(model, self.data.validation, self.collator, description=f"Validating the {name}")
-
-        own = records(packed, "packed model")  # the pruned model's too: packing changes no answer
+        models = {"model as given": self.given, "pruned": pruned, "pruned and packed": packed}
+        rows = self.data.validation
         return [
-            Contender("model as given", self.given, records(self.given, "given model")),
-            Contender("pruned", pruned, own),
-            Contender("pruned and packed", packed, own),
+            Contender(name, model, collect_exit_logits(model, rows, self.collator, description=f"Validating: {name}"))
+            for name, model in models.items()
         ]
 
     def _report(self, pruned: PreTrainedModel, masks: BlockMasks, stages: list[Stage]) -> BlockPruningResult:

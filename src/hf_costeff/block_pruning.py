@@ -198,7 +198,8 @@ def compute_block_importance(
         model: A multi-exit classifier; run without dropout and left with its gradients cleared.
         blocks: How its matrices are cut.
         batches: Whatever `loss_function` takes, one element per batch.
-        loss_function: (model, batch) -> scalar loss, a mean over the batch.
+        loss_function: (model, batch) -> scalar loss, a mean over the batch. For a budget across matrices it must run
+            the model with `gradient_equilibrium=False`, see [`hf_costeff.importance.compute_importance`].
         embeddings: As for [`block_matrices`].
 
     Returns:
@@ -261,7 +262,8 @@ class BlockMasks:
             if weight.masked_select(~self.weight_mask(name).to(weight.device)).any():
                 raise ValueError(
                     f"The masks are those of another model: they were made for the weights {self.fingerprint}, and "
-                    f"{name} has weights where they have none. Use masks that were made for this model."
+                    f"{name} has weights where they have none. Use masks that were made for this model, in the same "
+                    "precision."
                 )
 
 

@@ -11,26 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .block_pruning import BlockMasks, BlockShape, bands_of_matrices, block_matrices
 from .modeling_costeff import CostEffForSequenceClassification
+from .regularizer import Regularizer
 
 STATE_FILE = "regularizer.safetensors"
-
-
-class Regularizer(TrainerCallback):
-    """A callback that acts on weights around the optimizer's step and keeps what it knows in the checkpoints."""
-
-    def logs(self) -> dict[str, float]:
-        """What to log beside the loss parts."""
-        return {}
-
-    def save(self, folder: str | Path) -> None:
-        """Write what a resumed run needs into a checkpoint."""
-
-    def load(self, folder: str | Path) -> None:
-        """Read it back."""
 
 
 class BlockPenalty(Regularizer):
@@ -98,11 +85,23 @@ class BlockPenalty(Regularizer):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the weights from the model as it is, unless the run was resumed."""
+        """Take the weights from the model as it is, unless the run was resumed.
+
+        Raises:
+            ValueError: If the model has no matrix to prune, or the checkpoint's blocks were cut otherwise.
+        """
         self._matrices = block_matrices(kwargs["model"], self.embeddings)
+        if not self._matrices:
+            raise ValueError("The model has no matrix whose blocks could be penalised: all its layers have no width.")
         if state.global_step == 0 or not self.block_weights:
             self._period = 0
             self._refresh()
+        cut = {name: weights.shape for name, weights in self.block_weights.items()}
+        if cut != {name: norms.shape for name, norms in self._norms()}:
+            raise ValueError(
+                "The checkpoint's blocks were cut otherwise than these. Repeat the first cut to go on, or start afresh "
+                "in another output_dir."
+            )
         self.block_weights = {name: self.block_weights[name].to(self._matrices[name].device) for name in self._matrices}
 
     def on_step_begin(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .cascade_costs import classifier_flops
-from .checkpoints import load_classifier, load_tokenizer
+from .checkpoints import load_classifier, load_tokenizer, read_alike
 from .configuration_cascade import FEWEST_MEMBERS, match_labels
 from .efficiency import PAPER_SEQ_LENGTH
 from .hub import TOKENIZER_FOLDER
@@ -20,7 +20,6 @@ logger = logging.get_logger(__name__)
 
 Tokenizers: TypeAlias = PreTrainedTokenizerBase | list[PreTrainedTokenizerBase]
 """The one that all members share, or one per member."""
-PROBES = (("A Charming, naïve café film — #42!",), ("the plot", "Isn't it GOOD?"))
 
 
 def make_cascade(
@@ -56,7 +55,7 @@ def make_cascade(
         )
         loaded, found = [loaded[number] for number in order], [found[number] for number in order]
     match_labels([model.config for model in loaded])
-    if all(_read_alike(found[0], other) for other in found[1:]):
+    if all(read_alike(found[0], other) for other in found[1:]):
         return CostEffCascade.from_members(loaded), max(found, key=lambda one: len(one.model_input_names))
     folders = [f"{TOKENIZER_FOLDER}{number}" for number in range(1, len(found))]
     return CostEffCascade.from_members(loaded, [*folders, ""]), found
@@ -109,9 +108,3 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
             "unknown. Pass `tokenizers`, one per member."
         )
     return load_tokenizer(model.name_or_path)
-
-
-def _read_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    if one.get_vocab() != other.get_vocab():
-        return False
-    return all(one(*probe)["input_ids"] == other(*probe)["input_ids"] for probe in PROBES)

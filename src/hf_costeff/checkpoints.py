@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+PROBES = (("A Charming, naïve café film — #42!",), ("the plot", "Isn't it GOOD?"))
 FEWEST_PIECES = 3  # that a tokenizer has beside special tokens; without files upstream makes up to two
 SHOWN = 3
 
@@ -93,6 +94,13 @@ def load_tokenizer(name: str, subfolder: str = "") -> PreTrainedTokenizerBase:
         if len(tokenizer) < len(set(tokenizer.all_special_ids)) + FEWEST_PIECES:  # upstream found no files
             raise ValueError(f"there is none, and one of {len(tokenizer)} special tokens knows no word")
         return tokenizer
+
+
+def read_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers make the same rows of the same texts, as far as their pieces and a few probes tell."""
+    if one.get_vocab() != other.get_vocab():
+        return False
+    return all(one(*probe)["input_ids"] == other(*probe)["input_ids"] for probe in PROBES)
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
-from transformers.utils import logging
 
 from .calibration import exit_curve
 from .checkpoints import load_config, load_tokenizer, load_unfinished_classifier
@@ -43,7 +42,7 @@ from .efficiency import (
     stock_flops,
 )
 from .evaluation import Contender, calibrate, collect_exit_logits, report_rows
-from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
+from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig
 from .exit_replay import ExitReplay
 from .group_outcomes import class_outcomes
 from .hub import push_folder
@@ -65,7 +64,6 @@ from .teacher import Teacher
 from .trainer import TeacherTrainer
 from .training_args import CostEffTrainingArguments
 
-logger = logging.get_logger(__name__)
 DATA_SOURCES = ("dataset", "train_file", "validation_file")
 
 
@@ -182,7 +180,12 @@ class Compression(StagedRun):
         tokenizer = self._load_tokenizer()
         loaded_teacher = self._load_given_teacher()
         self._take_rows(self._prepare_data(loaded_teacher, tokenizer), tokenizer, self.arguments.metric)
-        self.calibration = self._label_calibration(loaded_teacher)
+        if loaded_teacher is None and "labels" not in self.calibration.column_names:
+            raise ValueError(
+                f"The rows have no labels, and the teacher {self.arguments.teacher} has no classification head to "
+                "fine-tune without them. Name a fine-tuned teacher, or add a label column."
+            )
+        self._label_calibration(loaded_teacher)
         self.data.label(self.teacher_config)
         self.data.label(self.full_config)
         plan = self.plan()
@@ -435,20 +438,6 @@ class Compression(StagedRun):
             **weights,
         )
         return self._train_multi_exit(model, arguments, teacher, evaluate=evaluate)
-
-    def _label_calibration(self, teacher: PreTrainedModel | None) -> datasets.Dataset:
-        """Calibration rows; where they came without labels, the teacher's answers stand in."""
-        rows = self.data.calibration
-        if "labels" in rows.column_names:
-            return rows
-        if teacher is None:
-            raise ValueError(
-                f"The rows have no labels, and the teacher {self.arguments.teacher} has no classification head to "
-                "fine-tune without them. Name a fine-tuned teacher, or add a label column."
-            )
-        logger.warning("The calibration rows have no labels; the teacher's answers stand in for them.")
-        logits = collect_exit_logits(teacher, rows, self.collator, description="Labelling").logits[:, -1]
-        return rows.add_column("labels", answers(logits, self.data.problem_type).tolist())
 
     # The report
 

@@ -220,10 +220,8 @@ class LayerSkipping(StagedRun):
         if self.missing and isinstance(given, CostEffForSequenceClassification):
             load_classifier(arguments.model)  # says what is missing
         self.given = self._prepared(given)
-        self.teacher = None
-        if arguments.teacher is not None:
-            self.teacher = self._prepared(load_classifier(arguments.teacher, dtype=torch.float32))
         tokenizer = load_tokenizer(arguments.model)
+        self.teacher = self._load_teacher(arguments.teacher, tokenizer)
         rows = prepare_data(
             data,
             tokenizer,
@@ -234,6 +232,11 @@ class LayerSkipping(StagedRun):
         self.start = self._with_gates(given)
         if self.teacher is not None:
             check_teacher(self.teacher.config, self.start.config)
+        elif "labels" not in self.data.train.column_names:
+            raise ValueError(
+                "The training rows have neither labels nor a teacher to learn from. Name a `teacher`, or add a label "
+                "column."
+            )
         self._check()
 
     def _with_gates(self, given: PreTrainedModel) -> CostEffForSequenceClassification:
@@ -340,6 +343,7 @@ class LayerSkipping(StagedRun):
 
     def run(self) -> LayerSkippingResult:
         """Go through the stages that are not done yet, then calibrate and report."""
+        self._label_calibration(self.teacher)
         stages = [Stage.of_model(name, partial(self._train, name)) for name in self.trainings]
         settings = settings_of_run(
             self.arguments, self.data, self.given, self.teacher, without=(*GOALS, *OF_EXITS), fresh=self.missing
@@ -387,7 +391,7 @@ class LayerSkipping(StagedRun):
         if self.trains_exits:
             settings = calibrate(
                 model,
-                self.data.calibration,
+                self.calibration,
                 self.collator,
                 metric=self.metric,
                 fit_temperatures=False,

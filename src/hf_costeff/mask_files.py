@@ -51,6 +51,6 @@ def load_masks(file: str | Path) -> BlockMasks:
             height, width = blocks.size_in(*shapes[name], name)
             if tuple(mask.shape) != (-(-shapes[name][0] // height), -(-shapes[name][1] // width)):
                 raise ValueError(f"{name} has masks of shape {tuple(mask.shape)} for a matrix of {shapes[name]}")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is no mask file that can be read ({error}). Prune again to make one.") from error
     return loaded

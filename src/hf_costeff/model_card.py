@@ -52,7 +52,10 @@ SETTINGS = {
     "columns": "columns of a block",
     "row_slabs": "slabs of rows",
     "column_slabs": "slabs of columns",
+    "across_matrices": "one budget for all matrices",
     "strength": "strength of the penalty",
+    "reweighted": "penalty reweighted",
+    "proximal": "proximal steps",
     "metric": "chosen by",
     "precision": "precision",
     "batch_size": "batch size",
@@ -348,8 +351,8 @@ class PruningCard(ReportCard):
         exits = f", with exits after layers {', '.join(map(str, self.config.exit_layers))}" if self.has_exits else ""
         return (
             f"An encoder classifier of {self.config.num_hidden_layers} layers{exits}, whose matrices were pruned block "
-            f"by block and packed: {left}.\nIt was made from {source or 'a local checkpoint'} by [reweighted "
-            "block-structured\npruning](https://arxiv.org/abs/2009.08065) with `hf_costeff`."
+            f"by block and packed: {left}.\nIt was made from {source or 'a local checkpoint'} by "
+            "[block-structured\npruning](https://arxiv.org/abs/2009.08065) with `hf_costeff`."
         )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 AUTO = "auto"
+IMPORTANCE_ROWS = 640
+"""Training rows that a quick importance pass looks at."""
 WEAK_EXITS = 0.92
 """Exits are weak if the mean of the metric over all of them is less than this share of the last one's."""
 
@@ -121,7 +123,7 @@ def fast_recipe(rows: int, num_attention_heads: int, num_labels: int = 2) -> Rec
         interval=Phase(0.2, 1e-4, min_steps=60, max_steps=300, representation_only_ratio=0.7),
         interval_growth=1.0,
         events=3,
-        importance_rows=640,
+        importance_rows=IMPORTANCE_ROWS,
         representation=Phase(1, 3e-4, min_steps=300, max_steps=2000),
         prediction=Phase(3, 3e-4, min_steps=max(1500, for_classes), max_steps=10_000),
         token_replacement_rate=0.15,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .block_training import Regularizer
 from .configuration_costeff import CostEffConfig
 from .efficiency import PAPER_SEQ_LENGTH, gate_flops, layer_flops, relative_layer_flops
 from .losses import cross_layer_contrastive_loss, skip_loss
 from .modeling_costeff import CostEffForSequenceClassification
+from .regularizer import Regularizer
 from .skip_diagnostics import COLLAPSED
 from .training_args import ALL, BACKBONE, EXITS, CostEffTrainingArguments
 

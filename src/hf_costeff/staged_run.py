@@ -19,14 +19,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .block_training import Regularizer
+from .checkpoints import load_classifier, load_tokenizer, read_alike
 from .checksums import fingerprint, fingerprint_of
 from .configuration_cascade import require_single_model
 from .data import PreparedData, make_collator
 from .distillation import bf16_pays, log_to_stderr, prepared, stage_arguments
-from .evaluation import row_keys
+from .evaluation import collect_exit_logits, row_keys
+from .exit_criteria import answers
 from .metrics import check_metric, default_metric
 from .recipes import Phase
+from .regularizer import Regularizer
 from .report import describe_hardware, without_folders
 from .stages import StageStore, working_folder
 from .trainer import CostEffTrainer, ResumableTrainer
@@ -121,6 +123,31 @@ class StagedRun:
         check_metric(self.metric, data.problem_type)
         if self.metric == "mse":
             raise ValueError("`metric` is 'mse', which falls as models improve. Choose by spearman or pearson.")
+
+    def _load_teacher(self, name: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+        """A teacher that takes the same rows, or `None` for none.
+
+        Raises:
+            ValueError: If it cannot be loaded, or cuts texts into other pieces.
+        """
+        if name is None:
+            return None
+        teacher = self._prepared(load_classifier(name, dtype=torch.float32))
+        if not read_alike(load_tokenizer(name), tokenizer):
+            raise ValueError(
+                f"The teacher {name} cuts texts into other pieces than the model, so its answers to the model's rows "
+                "would be noise. Take a teacher with the model's tokenizer."
+            )
+        return teacher
+
+    def _label_calibration(self, teacher: PreTrainedModel | None) -> None:
+        """Where the calibration rows came without labels, let the teacher's answers stand in, if there is one."""
+        rows = self.data.calibration
+        if teacher is None or "labels" in rows.column_names:
+            return
+        logger.warning("The calibration rows have no labels; the teacher's answers stand in for them.")
+        logits = collect_exit_logits(teacher, rows, self.collator, description="Labelling").logits[:, -1]
+        self.calibration = rows.add_column("labels", answers(logits, self.data.problem_type).tolist())
 
     def _prepared(self, model: PreTrainedModel) -> PreTrainedModel:
         require_single_model(model.config, model.name_or_path)

@@ -64,8 +64,9 @@ class Teacher:
         model: The classifier, which is frozen.
         student: Config of who learns from it.
         soft_label_exit: As in [`CostEffTrainingArguments`].
-        remembers: Whether answers to rows are kept, so that a row seen again is not run again. Takes less than a
-            kilobyte a row; of no use where rows change from step to step, and hidden states are never kept.
+        remembers: Whether answers to rows are kept, so that a row seen again is not run again. Takes the logits of all
+            its exits and some 700 bytes a row; of no use where rows change from step to step. Hidden states are never
+            kept.
 
     Raises:
         ValueError: If it cannot teach, see [`check_teacher`].
@@ -108,7 +109,7 @@ class Teacher:
 
     def _remembered(self, inputs: dict[str, Any]) -> tuple[Tensors, Tensors]:
         """As [`_run`] without hidden states; the teacher runs on those rows alone that it has not met."""
-        keys = row_keys(inputs)
+        keys = token_keys(inputs)
         if new := [row for row, key in enumerate(keys) if key not in self._answers]:
             exits, _ = self._run({name: value[new] for name, value in inputs.items()})
             answers = torch.stack(exits, dim=1).unbind(0)
@@ -116,7 +117,7 @@ class Teacher:
         return torch.stack([self._answers[key] for key in keys]).unbind(1), ()
 
 
-def row_keys(inputs: dict[str, Tensor]) -> list[bytes]:
+def token_keys(inputs: dict[str, Tensor]) -> list[bytes]:
     """One short key per row, by its real tokens: padding makes no other row of it.
 
     Args:

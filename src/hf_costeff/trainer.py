@@ -19,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Hu
 from transformers.utils import logging
 
 from .augmentation import replace_tokens
-from .block_training import Regularizer
 from .checksums import is_whole, write_checksums
 from .configuration_costeff import CostEffConfig, problem_type_of
 from .difficulty import HARD, check_hard_rows, difficulty_part
@@ -30,6 +29,7 @@ from .losses import representation_loss, soft_label_loss, task_loss, weighted_su
 from .metrics import compute_metrics as default_metrics
 from .model_card import TrainingCard, describe_losses
 from .modeling_costeff import CostEffForSequenceClassification
+from .regularizer import Regularizer
 from .skip_training import (
     LEARNING_EXITS,
     ContrastiveHeads,
