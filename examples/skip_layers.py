@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from demo import train_teacher
@@ -48,7 +49,7 @@ def main() -> None:
         given.model = str(given.output_dir.with_name("teacher"))
         train_teacher(Path(given.model), data, epochs=4)
 
-    for target in given.target_layers or [None]:
+    for target in given.target_layers if given.gates != "none" and given.target_layers else [None]:
         folder = given.output_dir / ("free" if target is None else f"{target:g}-layers")
         arguments = LayerSkippingArguments(
             model=given.model,
@@ -58,7 +59,7 @@ def main() -> None:
             target_layers=target,
             epochs=given.epochs,
             exit_epochs=given.exit_epochs,
-            max_metric_drop=1.0,
+            max_metric_drop=1.0 if given.exit_epochs else None,
         )
         print(f"\n{train_layer_skipping(arguments, data).describe()}")
 
@@ -66,8 +67,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     answer = model.predict(**tokenizer(given.texts, return_tensors="pt", padding=True))
     print()
+    skipped_layers = answer.skipped_layers
+    if skipped_layers is None:  # a model without gates skips none
+        skipped_layers = torch.zeros(len(given.texts), model.config.num_hidden_layers)
     for text, chances, left, skipped in zip(
-        given.texts, answer.probabilities, answer.exit_layer, answer.skipped_layers, strict=True
+        given.texts, answer.probabilities, answer.exit_layer, skipped_layers, strict=True
     ):
         label = model.config.id2label[int(chances.argmax())]
         ran = [layer for layer in range(1, int(left) + 1) if not skipped[layer - 1]]

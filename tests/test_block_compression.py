@@ -10,7 +10,7 @@ import torch
 from datasets import DatasetDict
 from transformers import AutoModelForSequenceClassification
 
-from helpers import save_named, sentence_rows, tiny_bert, tiny_model, word_tokenizer
+from helpers import balance_gates, save_named, sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import CostEffTrainer, block_compression, cli
 from hf_costeff.block_compression import BlockPruning, BlockPruningArguments, BlockPruningResult, block_prune
 from hf_costeff.block_pruning import block_energies, block_matrices
@@ -217,6 +217,17 @@ def test_a_teacher_that_cuts_texts_otherwise_is_refused(folder):
 def test_a_stock_classifier_whose_exit_would_stay_as_drawn_is_refused(folder):
     with pytest.raises(ValueError, match="`penalty_epochs` and `retrain_epochs` are 0"):
         prune(folder, penalty_epochs=0, retrain_epochs=0, importance="magnitude")
+
+
+def test_a_model_that_skips_layers_goes_on_skipping_them(folder):
+    model = balance_gates(tiny_model(num_labels=2, skip_gates="linear", exit_pooling="mean"))
+    model.save_pretrained(folder / "slim")
+    prune(folder, "slim", teacher=str(folder / "stock"), column_slabs=2, columns=None)
+    packed = AutoModelForSequenceClassification.from_pretrained(folder / "packed")
+    assert packed.config.skip_gates == "linear"
+    trained = report(folder)["stages"]["penalty"]
+    assert trained["loss_weights"]["representation_loss"] == 0
+    assert trained["loss_weights"]["soft_label_loss"] == 1
 
 
 def test_a_threshold_is_a_magnitude():

@@ -198,6 +198,15 @@ def test_a_model_learns_to_skip_layers_and_tells_which_ran(teacher, monkeypatch,
     assert printed.count("left after") == len(TEXTS)
 
 
+@pytest.mark.parametrize("left_out", [{"exit_epochs": [0]}, {"gates": ["none"]}], ids=str)
+def test_a_model_that_only_skips_or_only_leaves_early_answers_too(left_out, teacher, monkeypatch, capsys):
+    (teacher / "named.csv").write_text((teacher / "rows.csv").read_text().replace("opinion,verdict", "text,label", 1))
+    settings = {"epochs": [0.25], "exit_epochs": [0.25], "gates": ["linear"], "target_layers": [1.5], **left_out}
+    files = {"model": [teacher / "teacher"], "train_file": [teacher / "named.csv"]}
+    run(monkeypatch, skip_layers, **files, **settings, output_dir=[teacher / "skipping"], texts=TEXTS)
+    assert capsys.readouterr().out.count("left after") == len(TEXTS)
+
+
 @pytest.fixture
 def slim(teacher):
     """A folder with a slim model for the rows in `named.csv` beside it."""

@@ -172,6 +172,13 @@ def test_a_gated_regression_without_settings_is_reported_at_full_depth(tmp_path)
         write_exit_report(records, config_of(num_labels=1, exit_config=None), "spearman", tmp_path)
 
 
+def test_a_model_that_skips_alone_is_reported_at_full_depth(tmp_path):
+    records = dataclasses.replace(records_of(), skipped=torch.tensor([[True, False]] * len(records_of().logits)))
+    config = config_of(exit_config=None, skip_gates="linear")
+    text = write_exit_report(records, config, "accuracy", tmp_path, markdown=True).read_text()
+    assert "A row runs 1.00 of 2 layers on average, leaves after layer 2.00 and takes 1.00 times fewer" in text
+
+
 def test_without_matplotlib_the_page_has_no_charts(tmp_path):
     text = write_exit_report(records_of(), config_of(), "accuracy", tmp_path, texts=TEXTS).read_text()
     assert "<img" not in text and "Speed and accuracy" in text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from shutil import copytree
 
 import pytest
 import torch
+from datasets import DatasetDict
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from helpers import save_named, sentence_rows, tiny_bert, tiny_model, word_tokenizer
@@ -230,6 +232,29 @@ def test_what_cannot_work_is_refused_before_training(settings, error, models, tm
     with pytest.raises(ValueError, match=error):
         skip(models, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_can_be_replaced_one_by_one():
+    arguments = LayerSkippingArguments("model", "out")
+    assert dataclasses.replace(arguments, exit_epochs=0).max_metric_drop is None
+    assert dataclasses.replace(arguments, target_speedup=2.0).max_metric_drop is None
+
+
+def test_rows_without_labels_are_learnt_from_a_teacher_and_refused_without_one(models, tmp_path):
+    rows = sentence_rows(200)
+    train = rows.select(range(50, 200)).remove_columns("label")
+    unlabelled = DatasetDict(train=train, validation=rows.select(range(50)))
+    unlabelled["calibration"] = sentence_rows(40, seed=5).remove_columns("label")
+    arguments = {"model": str(models / "stock"), "output_dir": str(tmp_path / "out"), **SHORT}
+    with pytest.raises(ValueError, match="neither labels nor a teacher"):
+        train_layer_skipping(LayerSkippingArguments(**arguments), unlabelled)
+    assert not (tmp_path / "out").exists()
+    train_layer_skipping(LayerSkippingArguments(**arguments, teacher=str(models / "stock")), unlabelled)
+    assert 30 < told_of(tmp_path / "out")["exit_config"]["calibration"]["rows"] <= 40
+
+
+def told_of(folder):
+    return json.loads((folder / "layer_skipping.json").read_text())
 
 
 def test_the_command_says_what_came_of_it(models, tmp_path, capsys):

@@ -342,6 +342,29 @@ def test_every_row_skipping_every_layer_is_said_and_a_budget_recovers_from_it(tm
     assert decided(model.eval(), rows, COSTS) == pytest.approx(2, abs=0.5)
 
 
+@pytest.mark.parametrize("settings", [{"skip_weight": 0.04}, {"skip_weight": 0.0}, {"target_layers": 2.0}], ids=str)
+def test_gates_that_all_but_never_skip_keep_all_weights_finite(settings, tmp_path):
+    model = tiny_model(**GATED)
+    for gate in model.costeff.gates:
+        torch.nn.init.constant_(gate.decision.bias, -60.0)
+    make_trainer(tmp_path, model, max_steps=3, **settings).train()
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_metrics_that_fall_as_models_improve_grow_beyond_the_target(tmp_path):
+    model = tiny_model(**GATED, num_labels=1)
+    rows = token_rows(10).remove_columns("labels").add_column("labels", [float(row) for row in range(10)])
+    trainer = make_trainer(tmp_path, model, rows=rows, target_layers=0.5)
+    found = trainer.evaluate(rows)
+    beyond = (found["eval_layers_run_by_flops"] - 0.5) / 4 - 0.05
+    assert beyond > 0 and found["eval_mse_on_target"] == pytest.approx(found["eval_mse"] + beyond)
+
+
+def test_weights_in_half_precision_are_contrasted(tmp_path):
+    model = tiny_model(**ATTENTION).bfloat16()
+    make_trainer(tmp_path, model, max_steps=1, contrastive_weight=0.1, exit_contrastive_weight=0.1).train()
+
+
 def test_evaluation_is_that_of_skipping_alone_and_says_how_many_layers_ran(tmp_path):
     model, rows = tiny_model(**GATED), token_rows(10, seed=1)
     metrics = make_trainer(tmp_path, model).evaluate()
@@ -367,6 +390,7 @@ def test_evaluation_is_that_of_skipping_alone_and_says_how_many_layers_ran(tmp_p
         (GATED, {"target_layers": 4.0}, "above 0 and below 4"),
         (GATED, {"target_layers": 0.0}, "above 0 and below 4"),
         (GATED, {"target_layers": -1.0}, "above 0 and below 4"),
+        ({**ATTENTION, "gate_size": 8}, {"target_layers": 0.1}, "the gates alone cost as much as 0.2"),
         ({**ATTENTION, "gate_size": 8}, {"target_layers": 3.9}, "no more than the gates themselves cost. It must be"),
         ({**ATTENTION, "gate_size": 512}, {"target_layers": 1.0}, "cost no less than all layers together"),
         ({**ATTENTION, "gate_size": 16}, {"target_layers": 2.0}, "layers 2 cost no more than their gates"),
@@ -374,6 +398,11 @@ def test_evaluation_is_that_of_skipping_alone_and_says_how_many_layers_ran(tmp_p
         (GATED, {"exit_contrastive_weight": 0.1}, "exit_head='attention'"),
         (ATTENTION, {"exit_contrastive_weight": 0.1, "trained_parts": "backbone"}, "one learns"),
         (ATTENTION, {"contrastive_weight": 0.1, "trained_parts": "exits"}, "do not learn"),
+        (
+            {**ATTENTION, "exit_layers": [2, 4]},
+            {"exit_contrastive_weight": 0.1, "trained_parts": "exits"},
+            "only one does",
+        ),
         ({"exit_layers": [4]}, {"trained_parts": "exits"}, "none before the last"),
         ({}, {"trained_parts": "gates"}, "`trained_parts` is 'gates'"),
         ({}, {"hard_gate_ratio": 1.5}, "`hard_gate_ratio` is 1.5"),

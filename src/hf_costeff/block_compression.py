@@ -318,6 +318,7 @@ class BlockPruning(StagedRun):
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
         if not phase.steps(len(self.data.train), self.arguments.batch_size):
             return model, {"steps": 0}
+        gated = model.config.skip_gates is not None
         same_width = self.teacher is not None and self.teacher.config.hidden_size == model.config.hidden_size
         arguments = self._training_arguments(
             CostEffTrainingArguments,
@@ -325,7 +326,8 @@ class BlockPruning(StagedRun):
             phase,
             batch_size=self.arguments.batch_size,
             best_by=f"mean_exit_{self.metric}" if best else None,
-            representation_weight=float(same_width),
+            representation_weight=float(same_width and not gated),  # a layer that is skipped cannot be like another
+            **({"hard_gate_ratio": 1.0} if gated else {}),  # rows go on skipping as they do
         )
         return self._train_multi_exit(model, arguments, self.teacher, regularizer)
 

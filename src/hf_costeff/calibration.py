@@ -451,11 +451,10 @@ def _within(
     The most careful ones are among them: members of a cascade that release few rows cost more than they save.
     """
     careful = paths[0][0][0]
-    found = []
+    found = [(replay.at(careful).mean_cost(costs), careful, paths[0])]  # first, for `min` takes the first of equals
     for path in paths:
         piece, position = _boldest(replay.along(*path), loss, limit)
         found.append((piece.at(position).mean_cost(costs), piece.settings[position], path))
-    found.append((replay.at(careful).mean_cost(costs), careful, paths[0]))
     _, chosen, path = min(found, key=itemgetter(0))
     return chosen, path
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .calibration import curve_settings, describe_seen
+from .calibration_goals import default_criterion
 from .charts import MOST_PATHS, draw_curve_chart, draw_reliability_chart, draw_skip_chart
 from .configuration_costeff import CostEffConfig
 from .exit_criteria import MULTI_LABEL, REGRESSION, ExitConfig, answers
@@ -104,14 +105,16 @@ def write_exit_report(
 
 
 def settings_to_report(config: CostEffConfig) -> ExitConfig:
-    """The stored exit settings; full depth for a gated regression model without any, for which none can be chosen.
+    """The stored exit settings; full depth for a gated model without any: there is skipping to report on.
 
     Raises:
-        ValueError: If there are none and some could be chosen.
+        ValueError: If there are neither.
     """
-    if config.exit_config is None and config.skip_gates is not None and config.resolved_problem_type == REGRESSION:
+    if config.exit_config is not None or config.skip_gates is None:
+        return stored_settings(config)
+    if config.resolved_problem_type == REGRESSION:
         return ExitConfig("patience", patience=0, checked_exits=[])
-    return stored_settings(config)
+    return ExitConfig(default_criterion(config.resolved_problem_type), threshold=0.0, checked_exits=[])
 
 
 def _blocks(replay: ExitReplay, metric: str, folder: Path, texts: Sequence[str] | None) -> Iterator[Block]:

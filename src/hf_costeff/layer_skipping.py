@@ -124,8 +124,6 @@ class LayerSkippingArguments:
             raise ValueError(
                 f"`target_layers` is {self.target_layers:g}, and `epochs` is 0: gates do not learn. Leave one out."
             )
-        if not goals:
-            self.max_metric_drop = 0.5
         for name, known in (
             ("gates", (None, NO_GATES, *SKIP_GATES)),
             ("exit_head", (None, *EXIT_HEADS)),
@@ -293,7 +291,8 @@ class LayerSkipping(StagedRun):
             check_skip_settings(arguments, config)
 
     def _goals(self) -> dict[str, Any]:
-        return {name: getattr(self.arguments, name) for name in GOALS}
+        found = {name: getattr(self.arguments, name) for name in GOALS}
+        return found if any(goal is not None for goal in found.values()) else {**found, "max_metric_drop": 0.5}
 
     def _stage_trainings(self) -> dict[str, CostEffTrainingArguments]:
         """What every stage trains with, in order.
@@ -316,8 +315,8 @@ class LayerSkipping(StagedRun):
         }
         if self.trains_exits:
             contrast = wanted.exit_contrastive_weight
-            if contrast is None:
-                contrast = 0.05 if config.exit_head == "attention" else 0.0
+            if contrast is None:  # between token states of two exits or more
+                contrast = 0.05 if config.exit_head == "attention" and len(config.exit_layers) > 2 else 0.0
             stage = f"{EXITS}-{settings_key(wanted, OF_EXITS)}"
             found[stage] = self._stage_training(
                 stage,

@@ -82,6 +82,8 @@ def check_skip_settings(args: CostEffTrainingArguments, config: CostEffConfig) -
     if args.exit_contrastive_weight:
         if args.trained_parts == BACKBONE:
             raise ValueError("`exit_contrastive_weight` is for exits, of which one learns with 'backbone'.")
+        if len(config.exit_layers[LEARNING_EXITS[args.trained_parts]]) == 1:
+            raise ValueError("`exit_contrastive_weight` compares exits that learn, and only one does. Set it to 0.")
         if config.exit_head != "attention":
             raise ValueError(
                 f"`exit_contrastive_weight` needs heads with token states, and the model's are {config.exit_head}. "
@@ -99,8 +101,8 @@ def check_target_layers(target: float, config: CostEffConfig) -> None:
         config: Of a model with gates.
 
     Raises:
-        ValueError: With the largest target that saves anything; or naming layers that cost no more than an attention
-            gate, where a linear one would cost less.
+        ValueError: With the largest target that saves anything, or the least; or naming layers that cost no more than
+            an attention gate, where a linear one would cost less.
     """
     layers, gate = config.num_hidden_layers, gate_flops(config, PAPER_SEQ_LENGTH)
     costs = [layer_flops(config, layer, PAPER_SEQ_LENGTH) for layer in range(1, layers + 1)]
@@ -110,18 +112,24 @@ def check_target_layers(target: float, config: CostEffConfig) -> None:
         )
     if layers * gate >= sum(costs):
         raise ValueError("The gates cost no less than all layers together, so no `target_layers` saves anything.")
-    lighter = "or take a lighter gate: add_skip_gates(model, 'linear')."
-    largest = layers * (1 - layers * gate / sum(costs))
+    lighter = "" if config.skip_gates == "linear" else " Or take lighter gates from the start: linear ones."
+    of_gates = layers * layers * gate / sum(costs)
+    largest = layers - of_gates
     if target >= largest:
         raise ValueError(
             f"`target_layers` is {target:g}, which saves no more than the gates themselves cost. It must be below "
-            f"{largest:.2f} here, {lighter}"
+            f"{largest:.2f} here.{lighter}"
+        )
+    if target < of_gates:
+        raise ValueError(
+            f"`target_layers` is {target:g}, and the gates alone cost as much as {of_gates:.2f} layers. It must be at "
+            f"least that.{lighter}"
         )
     dear = [layer for layer, cost in enumerate(costs, start=1) if cost <= gate]
     if dear and config.skip_gates != "linear":
         raise ValueError(
             f"`target_layers` is {target:g}, and layers {', '.join(map(str, dear))} cost no more than their gates, so "
-            f"skipping them saves nothing. Leave it out, {lighter}"
+            f"skipping them saves nothing. Leave it out.{lighter}"
         )
 
 
@@ -175,11 +183,11 @@ class ContrastiveHeads(Regularizer):
         """
         parts = {}
         if self.layers:
-            states = [head(state) for head, state in zip(self.layers, outputs.hidden_states[:-1], strict=True)]
+            states = [head(state.float()) for head, state in zip(self.layers, outputs.hidden_states[:-1], strict=True)]
             parts["contrastive_loss"] = cross_layer_contrastive_loss(states, attention_mask, self.temperature)
         if self.exits:
             inside = outputs.exit_states[self.learning_exits]
-            states = [head(state) for head, state in zip(self.exits, inside, strict=True)]
+            states = [head(state.float()) for head, state in zip(self.exits, inside, strict=True)]
             total = cross_layer_contrastive_loss(states, attention_mask, self.exit_temperature)
             parts["exit_contrastive_loss"] = total / max(1, len(states) - 1)
         return parts
@@ -233,7 +241,7 @@ class SkipIncentive(Regularizer):
     """
 
     FILE = "skip_incentive.json"
-    GAIN, RATE = 2.0, 0.05
+    GAIN, RATE, LEAST = 2.0, 0.05, 1e-3
 
     def __init__(self, args: CostEffTrainingArguments, config: CostEffConfig) -> None:
         self.learns = config.skip_gates is not None and args.trained_parts != EXITS
@@ -272,7 +280,7 @@ class SkipIncentive(Regularizer):
         counted = reduce(self._counted, "sum") if args.world_size > 1 else self._counted
         rows, run, by_flops, chances = counted.tolist()
         self._counted = None
-        self.around = chances / rows
+        self.around = max(chances / rows, self.LEAST)  # gates that all but never skip would divide by nothing
         self._layers_run.append((run / rows, by_flops / rows))
         if self.target is not None:
             error = (by_flops / rows - self.target) / self.num_layers

@@ -26,6 +26,7 @@ from .efficiency import count_parameters, relative_layer_flops
 from .exit_criteria import MULTI_LABEL, REGRESSION
 from .hub import CARD, is_written_by_hand, push_folder
 from .losses import representation_loss, soft_label_loss, task_loss, weighted_sum
+from .metrics import LOWER_IS_BETTER
 from .metrics import compute_metrics as default_metrics
 from .model_card import TrainingCard, describe_losses
 from .modeling_costeff import CostEffForSequenceClassification
@@ -463,7 +464,8 @@ class CostEffTrainer(ResumableTrainer):
             by_flops = float(shares @ torch.tensor(relative_layer_flops(config)))
             beyond = max(0.0, (by_flops - target) / config.num_hidden_layers - 0.05)
             found["layers_run_by_flops"] = by_flops
-            found |= {f"{name}_on_target": value - beyond for name, value in metrics.items()}
+            for name, value in metrics.items():
+                found[f"{name}_on_target"] = value + beyond if name in LOWER_IS_BETTER else value - beyond
         return found
 
     def _default_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
