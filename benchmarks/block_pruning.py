@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one-shot by taylor": {"strength": 0.0},
 }
 SHAPES = {
-    **{f"rows of {width} columns": BlockShape(columns=width) for width in (8, 9, 10, 16, 32, 48, 96, 128, 192)},
+    **{f"rows of {width} columns": BlockShape(columns=width) for width in (8, 9, 10, 12, 16, 32, 48, 96, 128, 192)},
     "columns of 96 rows": BlockShape(rows=96, columns=1),
     "squares of 32": BlockShape(rows=32, columns=32),
     "balanced rows of 96 columns": BlockShape(columns=96, balanced=True),  # no neuron dies, so nothing but panels

@@ -28,11 +28,12 @@ import hf_costeff.staged_run
 from helpers import sentence_rows, tiny_bert, word_tokenizer
 from hf_costeff import CostEffForSequenceClassification, compress
 from hf_costeff.columns import Columns
-from hf_costeff.compression import Compression, answers
+from hf_costeff.compression import Compression
 from hf_costeff.compression_args import CompressionArguments
 from hf_costeff.data import DataArguments, make_collator, tokenize
 from hf_costeff.efficiency import count_parameters, full_depth_flops, stock_flops
 from hf_costeff.evaluation import calibrate
+from hf_costeff.exit_criteria import answers
 from hf_costeff.recipes import RECIPES, Phase, Recipe
 from hf_costeff.report import CompressionResult
 from loopback_hub import LoopbackHub, run_python
