@@ -37,7 +37,7 @@ demo: $(VENV)/.installed-charts
 	$(DEMO_ENV) $(BIN)/python examples/demo.py --output_dir build/demo
 
 test: $(VENV)/.installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(CODE)

@@ -81,12 +81,8 @@ def test_a_flag_that_switches_off_says_so(capsys):
 
 
 def test_the_package_runs_as_a_module_with_the_same_exit_status():
-    found = [
-        subprocess.run([sys.executable, "-m", "hf_costeff", *words], capture_output=True, text=True)
-        for words in (["--help"], ["nonsense"])
-    ]
-    assert [each.returncode for each in found] == [0, 2]
-    assert found[0].stdout.startswith("usage: hf-costeff") and "unknown command 'nonsense'" in found[1].stderr
+    found = subprocess.run([sys.executable, "-m", "hf_costeff", "nonsense"], capture_output=True, text=True)
+    assert found.returncode == 2 and "unknown command 'nonsense'" in found.stderr
 
 
 @pytest.mark.parametrize("command", ["calibrate", "report", "benchmark", "export"])
