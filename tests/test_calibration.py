@@ -650,6 +650,14 @@ def test_what_is_chosen_and_seen_is_of_the_rows_own_paths(goal, per_exit):
     assert seen["speedup_over_full_depth"] >= goal.get("target_speedup", 1.05)
 
 
+@pytest.mark.parametrize("goal", [{"max_disagreement": 5.0}, {"max_accuracy_drop": 2.0}], ids=str)
+def test_rows_that_skip_every_layer_show_nothing_so_nobody_leaves(goal):
+    """All settings cost and lose the same on them; a later row that runs a layer is to be sure before it leaves."""
+    collapsed = dataclasses.replace(skipping(50), skipped=torch.ones(50, 4, dtype=torch.bool))
+    settings = choose_exit_config(collapsed, GATED, "accuracy", **goal)
+    assert settings.threshold == 0.0
+
+
 def test_a_promise_counts_the_losses_of_the_rows_own_paths():
     records = skipping(3000)
     settings = choose_exit_config(records, GATED, "accuracy", max_disagreement=5.0, guarantee=True)
