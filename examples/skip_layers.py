@@ -49,7 +49,8 @@ def main() -> None:
         given.model = str(given.output_dir.with_name("teacher"))
         train_teacher(Path(given.model), data, epochs=4)
 
-    for target in given.target_layers if given.gates != "none" and given.target_layers else [None]:
+    targets = [] if given.gates == "none" else given.target_layers
+    for target in targets or [None]:
         folder = given.output_dir / ("free" if target is None else f"{target:g}-layers")
         arguments = LayerSkippingArguments(
             model=given.model,

@@ -49,8 +49,7 @@ def test_a_stock_classifier_becomes_a_packed_model(folder):
     model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
     assert any(isinstance(module, PackedLinear) for module in model.modules()) and model.config.exit_layers == [4]
     assert result.compression == pytest.approx(2, rel=0.01)
-    report = json.loads((result.model_path / "block_pruning.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["model as given", "pruned", "pruned and packed"]
+    assert [row["name"] for row in report(folder)["rows"]] == ["model as given", "pruned", "pruned and packed"]
     assert "2.00 times fewer weights" in result.describe()
     masks = load_masks(stages(folder)["prune"] / "masks.safetensors")
     retrained = AutoModelForSequenceClassification.from_pretrained(stages(folder)["retrain"])

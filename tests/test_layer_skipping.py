@@ -249,12 +249,8 @@ def test_rows_without_labels_are_learnt_from_a_teacher_and_refused_without_one(m
     with pytest.raises(ValueError, match="neither labels nor a teacher"):
         train_layer_skipping(LayerSkippingArguments(**arguments), unlabelled)
     assert not (tmp_path / "out").exists()
-    train_layer_skipping(LayerSkippingArguments(**arguments, teacher=str(models / "stock")), unlabelled)
-    assert 30 < told_of(tmp_path / "out")["exit_config"]["calibration"]["rows"] <= 40
-
-
-def told_of(folder):
-    return json.loads((folder / "layer_skipping.json").read_text())
+    result = train_layer_skipping(LayerSkippingArguments(**arguments, teacher=str(models / "stock")), unlabelled)
+    assert 30 < told(result)["exit_config"]["calibration"]["rows"] <= 40
 
 
 def test_the_command_says_what_came_of_it(models, tmp_path, capsys):

@@ -234,11 +234,8 @@ class BlockPruning(StagedRun):
         )
         self._take_rows(rows, tokenizer, arguments.metric)
         learns = arguments.penalty_epochs or arguments.retrain_epochs or arguments.importance == TAYLOR
-        if learns and self.teacher is None and "labels" not in self.data.train.column_names:
-            raise ValueError(
-                "The training rows have neither labels nor a teacher to learn from and to be scored by. Name a "
-                "`teacher`, or add a label column."
-            )
+        if learns:
+            self._require_answers(self.teacher)
 
     def run(self) -> BlockPruningResult:
         """Go through the stages that are not done yet, then pack and report."""
@@ -327,7 +324,7 @@ class BlockPruning(StagedRun):
             batch_size=self.arguments.batch_size,
             best_by=f"mean_exit_{self.metric}" if best else None,
             representation_weight=float(same_width and not gated),  # a layer that is skipped cannot be like another
-            **({"hard_gate_ratio": 1.0} if gated else {}),  # rows go on skipping as they do
+            hard_gate_ratio=1.0,  # rows of a gated model go on skipping as they do
         )
         return self._train_multi_exit(model, arguments, self.teacher, regularizer)
 

@@ -230,11 +230,7 @@ class LayerSkipping(StagedRun):
         self.start = self._with_gates(given)
         if self.teacher is not None:
             check_teacher(self.teacher.config, self.start.config)
-        elif "labels" not in self.data.train.column_names:
-            raise ValueError(
-                "The training rows have neither labels nor a teacher to learn from. Name a `teacher`, or add a label "
-                "column."
-            )
+        self._require_answers(self.teacher)
         self._check()
 
     def _with_gates(self, given: PreTrainedModel) -> CostEffForSequenceClassification:

@@ -237,18 +237,20 @@ class PackedLinear(nn.Module):
         state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         known, found = self._ready.get(what, (None, None))
         if known != state:
-            if what == "index":
-                with torch.inference_mode(False):  # else they could not be used in training afterwards
+            with torch.inference_mode(False), torch.no_grad():  # else it could not be used in training afterwards
+                if what == "index":
                     found = self._checked_indices()
-            else:
-                with torch.inference_mode(False), torch.no_grad():
+                elif what == DENSE:
                     found = self.dense().contiguous()
-                if what == SPARSE_BLOCKS:
-                    with warnings.catch_warnings():
-                        warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
-                        found = found.to_sparse_bsr(self.packing.block)
+                else:
+                    found = self._block_sparse()
             self._ready[what] = (state, found)
         return found
+
+    def _block_sparse(self) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
+            return self.dense().contiguous().to_sparse_bsr(self.packing.block)
 
     def _checked_indices(self) -> tuple[Tensor, ...]:
         length = self.out_features if self.packing.along == COLUMNS else self.in_features

@@ -140,6 +140,18 @@ class StagedRun:
             )
         return teacher
 
+    def _require_answers(self, teacher: PreTrainedModel | None) -> None:
+        """Refuse training rows that nothing can be learnt from.
+
+        Raises:
+            ValueError: If they have no labels and there is no teacher.
+        """
+        if teacher is None and "labels" not in self.data.train.column_names:
+            raise ValueError(
+                "The training rows have neither labels nor a teacher to learn from. Name a `teacher`, or add a label "
+                "column."
+            )
+
     def _label_calibration(self, teacher: PreTrainedModel | None) -> None:
         """Where the calibration rows came without labels, let the teacher's answers stand in, if there is one."""
         rows = self.data.calibration
