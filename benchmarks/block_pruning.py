@@ -5,13 +5,13 @@
     python benchmarks/block_pruning.py size --model DIR
     python benchmarks/block_pruning.py speed --model DIR
 
-`quality` compares, per seed and ratio: blocks pruned after reweighted group Lasso, after plain group Lasso, after
-proximal reweighted steps, and at once (the same training without a penalty). They are ranked by Taylor scores, but for
-"one-shot", which is by magnitude; "one-shot by taylor" is the other. One penalised run serves every ratio. The dense
-row is the same model trained as long without pruning. `--model` is a fine-tuned classifier, or a slim multi-exit model,
-which is pruned on top. `size` and `speed` need no data: they prune by magnitude and look at the file, and at CPU time
-of the whole encoder in alternation, on one thread, batch 32 of 64 tokens and batch 1. Rows go to
-benchmarks/results/block-<what>.json one by one, so an interrupted run goes on.
+`quality` compares, per seed and ratio: blocks pruned after reweighted group Lasso (gently: a tenth of the default
+strength), after plain group Lasso, after proximal reweighted steps, and at once (the same training without a penalty).
+They are ranked by Taylor scores, but for "one-shot", which is by magnitude; "one-shot by taylor" is the other. One
+penalised run serves every ratio. The dense row is the same model trained as long without pruning. `--model` is a
+fine-tuned classifier, or a slim multi-exit model, which is pruned on top. `size` and `speed` need no data: they prune
+by magnitude and look at the file, and at CPU time of the whole encoder in alternation, on one thread, batch 32 of 64
+tokens and batch 1. Rows go to benchmarks/results/block-<what>.json one by one, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ SETTINGS = (
 """Flags that decide what the rows of a quality file say, beside those in their names."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "reweighted": {},
+    "gently reweighted": {"strength": 30.0},
     "plain": {"reweighted": False},
     "proximal": {"proximal": True},
     "one-shot": {"strength": 0.0, "importance": "magnitude"},

@@ -8,7 +8,7 @@
 is the ungated model that everything is held against, so it goes first. All other variants start from the ungated model
 of the same seed, exits included, and learn from its answers: fresh gates mix every layer half and half, which harms an
 encoder that is still learning the task. They thus see `--epochs` more than the ungated model does. Variants that differ
-in the settings of exits alone share one backbone.
+in the settings of exits alone share one backbone. `--ungated` starts from ungated models of other runs.
 
 Of each run a row is kept: metric, layers run and FLOPs on validation by skipping alone, by both, and with settings
 chosen on calibration rows for 2 and 3 times fewer FLOPs than the ungated model, with paired bootstrap intervals; the
@@ -68,7 +68,9 @@ SETTINGS = ("gates", "exit_head", "epochs", "exit_epochs", "learning_rate", "row
 def train(given: argparse.Namespace) -> None:
     settings = {name: getattr(given, name) for name in SETTINGS}
     results = ResultsFile(RESULTS / f"skip-{given.task}{given.suffix}.json", settings)
-    variants = [UNGATED, *(name for name in given.variants if name != UNGATED)]
+    variants = [name for name in given.variants if name != UNGATED]
+    if given.ungated is None:
+        variants = [UNGATED, *variants]
     for seed in given.seeds:
         for variant in variants:
             for target in [None] if variant in (UNGATED, "no incentive") else given.targets or [None]:
@@ -95,6 +97,8 @@ def of_backbone(variant: str) -> dict[str, Any]:
 
 def arguments(given: argparse.Namespace, variant: str, target: float | None, seed: int) -> LayerSkippingArguments:
     ungated = folder(given, UNGATED, None, seed)
+    if given.ungated is not None:
+        ungated = given.ungated.format(seed=seed)
     start = {"model": ungated, "teacher": ungated, "gates": given.gates}
     if variant == UNGATED:
         start = {"model": given.model, "exit_head": given.exit_head}
@@ -232,6 +236,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="Of the chart.")
     parser.add_argument("--data", help="A folder with the GLUE tasks as nyu-mll/glue has them.")
     parser.add_argument("--model", help="A fine-tuned classifier, a bare encoder or a multi-exit model.")
+    parser.add_argument("--ungated", help="Made before, e.g. runs/skip-rte-exits-free-{seed}. Default: trained here.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument(

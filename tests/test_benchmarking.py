@@ -93,6 +93,17 @@ def test_without_saved_settings_there_is_no_early_exit_to_measure():
     assert [one.name for one in found] == [TEACHER, FULL]
 
 
+def test_a_model_with_gates_is_named_so_and_refused_in_int8_before_anything_runs():
+    model = slim(skip_gates="linear")
+    grid = dataclasses.replace(SMALL, batch_sizes=[2], lengths=[0])
+    assert [one.name for one in benchmark(model, tiny_bert(), token_rows(4), COLLATOR, grid)] == [
+        *(TEACHER, "slim, full depth with skipping", EARLY)
+    ]
+    grid = dataclasses.replace(grid, precisions=["float32", "int8"])
+    with pytest.raises(ValueError, match="int8 needs a model whose rows all run the same layers"):
+        benchmark(model, None, None, None, grid)
+
+
 def test_models_and_threads_are_left_as_they_were():
     model = slim().train()
     before = torch.get_num_threads()

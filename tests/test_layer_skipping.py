@@ -8,7 +8,7 @@ from shutil import copytree
 
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import DatasetDict, Value
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from helpers import save_named, sentence_rows, tiny_bert, tiny_model, word_tokenizer
@@ -251,6 +251,30 @@ def test_rows_without_labels_are_learnt_from_a_teacher_and_refused_without_one(m
     assert not (tmp_path / "out").exists()
     result = train_layer_skipping(LayerSkippingArguments(**arguments, teacher=str(models / "stock")), unlabelled)
     assert 30 < told(result)["exit_config"]["calibration"]["rows"] <= 40
+
+
+def test_a_classifier_of_many_labels_skips_and_leaves_and_a_regression_skips(models, tmp_path):
+    rows = sentence_rows(120)
+    labels = [
+        [float(label), float(len(text.split()) > 6)] for text, label in zip(rows["text"], rows["label"], strict=True)
+    ]
+    kinds = {
+        "multi_label_classification": (rows.remove_columns("label").add_column("label", labels), 2, {}),
+        "regression": (rows.cast_column("label", Value("float32")), 1, {"exit_epochs": 0.0}),
+    }
+    for problem_type, (dataset, num_labels, settings) in kinds.items():
+        model = tiny_bert(num_labels=num_labels, problem_type=problem_type)
+        model.save_pretrained(tmp_path / problem_type)
+        word_tokenizer().save_pretrained(tmp_path / problem_type)
+        arguments = {"model": str(tmp_path / problem_type), "output_dir": str(tmp_path / f"{problem_type}-out")}
+        result = train_layer_skipping(LayerSkippingArguments(**arguments, **{**SHORT, **settings}), dataset)
+        model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
+        assert (model.config.problem_type, model.config.num_labels) == (problem_type, num_labels)
+        answer = model.predict(torch.randint(4, 20, (5, 7)))
+        assert answer.logits.shape == (5, num_labels) and answer.skipped_layers.shape == (5, 4)
+    arguments = LayerSkippingArguments(str(tmp_path / "regression"), str(tmp_path / "both"), **SHORT)
+    with pytest.raises(ValueError, match="patience, which looks back"):
+        train_layer_skipping(arguments, dataset)
 
 
 def test_the_command_says_what_came_of_it(models, tmp_path, capsys):

@@ -238,6 +238,12 @@ def test_a_trainers_card_tells_every_metric_of_every_exit_and_when():
     assert not {"language", "base_model"} & set(data)
 
 
+def test_a_trainers_card_says_that_gates_skip_layers():
+    card, plain = training_card(config=tiny_config(skip_gates="linear")), training_card()
+    for words in ("a gate before each layer decides", "gates skipping layers before it", "and skips no layer"):
+        assert words in card and words not in plain
+
+
 @pytest.mark.parametrize("changes", [{}, {"evaluation": {}}, {"teacher": None}, {"teacher": "/me-only/bert"}])
 def test_a_trainers_card_leaves_nothing_blank_or_guessed(changes):
     card = training_card(**changes)
@@ -262,7 +268,8 @@ def test_a_card_of_ours_is_brought_up_to_date_and_one_of_yours_is_not_touched(tm
 
 
 def skipping_report(gated: bool = True, **changes) -> dict:
-    report = make_report(model="org/bert", gates="attention" if gated else "none", target_layers=3.0)
+    settings = {"gates": "attention", "target_layers": 3.0} if gated else {"gates": "none"}
+    report = make_report(model="org/bert", skip_weight=0.04, **settings)
     report["rows"] = [line("model as given", 0.9, 8_000_000, 2e6, [1.0]), *report["rows"][2:]]
     shares = {
         "rows": 40,
@@ -283,6 +290,7 @@ def test_a_model_that_skips_layers_has_a_card_of_its_own(exit_config):
     assert "a gate before each decides, text by text, whether to skip it; easy texts leave early" in card
     assert "75% take the commonest, layers 1 4" in card and "![Share of texts that skip each layer]" in card
     assert "base_model: org/bert" in card and "2303.09266" in card and "layers to run 3.0" in card
+    assert "incentive" not in card  # its weight adapts, so the setting was not used
     assert "{hu2023smartbert" in card and "{shen2022costeff" in card and "`layer_skipping.json`" in card
     values = [result.metric_value for result in ModelCard(card).data.eval_results]
     assert values == ([0.88, 0.87] if exit_config == SETTINGS else [0.88])
@@ -294,6 +302,7 @@ def test_a_model_that_skips_layers_has_a_card_of_its_own(exit_config):
 def test_a_card_of_exits_alone_says_nothing_of_gates():
     card = str(SkippingCard("org/exits", skipping_report(gated=False), tiny_config(exit_config=SETTINGS)).render())
     assert "gate before" not in card and "## Skipping" not in card and "easy texts leave early" in card
+    assert "weight of the incentive to skip 0.04" in card
 
 
 def test_exits_that_were_never_trained_are_not_offered():

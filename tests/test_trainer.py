@@ -759,6 +759,14 @@ def test_a_push_takes_what_the_arguments_say_unless_the_call_says_otherwise(tmp_
     assert asked["tags"] == ["film"] and (tmp_path / "README.md").read_text() == "By hand."
 
 
+def test_the_card_of_a_trainer_with_a_budget_tells_the_budget_and_not_the_weight_it_began_with(tmp_path):
+    model = tiny_model(skip_gates="linear")
+    fixed = make_trainer(tmp_path / "fixed", model=model, skip_weight=0.125)._card("org/fixed", {})
+    assert "skip_loss x 0.125" in str(fixed) and "adapted" not in str(fixed)
+    adapted = make_trainer(tmp_path / "budget", model=model, skip_weight=0.125, target_layers=2.5)._card("org/b", {})
+    assert "skip_loss" not in str(adapted) and "adapted to 2.5 layers per row" in str(adapted)
+
+
 def test_the_arguments_are_command_line_flags(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--task_weight", "0.5", "--class_weights", "1", "2", "--temperature", "2"]
     (arguments,) = HfArgumentParser(CostEffTrainingArguments).parse_args_into_dataclasses(flags)

@@ -25,6 +25,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .configuration_costeff import require_no_gates
 from .conversion import convert_config
 from .efficiency import mean_flops, measure_alternating, ratio, stock_flops
 from .evaluation import Collator, Contender
@@ -49,6 +50,8 @@ GAIN = 1.02
 NOTHING = ExitLogits(torch.zeros(1, 1, 1), torch.ones(1, dtype=torch.long), None)
 """In place of a contender's logits, where only its time matters."""
 TEACHER, FULL, EARLY = "teacher", "slim, full depth", "slim, early exit"
+SKIPPING = f"{FULL} with skipping"
+"""In place of `FULL`, for a model with gates; its early exit skips too."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,12 @@ def benchmark(
         Teacher, full depth and, with saved settings, early exit, for one setting after the other.
 
     Raises:
-        ValueError: A device that cannot be used, or a length beyond what a model can take.
+        ValueError: A device that cannot be used, a length beyond what a model can take, or int8 for a model with skip
+            gates, which does not export.
     """
     grid = grid or BenchmarkGrid()
+    if INT8 in grid.precisions:
+        require_no_gates(model.config, "int8")
     longest = min(model.config.longest_text, convert_config(teacher.config).longest_text)
     if max(grid.lengths) > longest:
         raise ValueError(
@@ -307,7 +313,7 @@ def _placed(
     collator: Collator,
     folder: str,
 ) -> list[Contender]:
-    settings: dict[str, ExitConfig | None] = {FULL: None}
+    settings: dict[str, ExitConfig | None] = {FULL if model.config.skip_gates is None else SKIPPING: None}
     if model.config.exit_config is not None:
         settings[EARLY] = stored_settings(model.config)
     if precision == INT8:

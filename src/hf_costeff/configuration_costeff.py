@@ -108,6 +108,23 @@ def require_no_gates(config: Any, action: str) -> None:
         )
 
 
+def check_skip_layers(skip_layers: bool | None, config: Any) -> None:
+    """Refuse to skip layers where nothing decides which.
+
+    Args:
+        skip_layers: As for `predict`.
+        config: Of the model; one of another family has no gates.
+
+    Raises:
+        ValueError: `skip_layers=True` without gates.
+    """
+    if skip_layers and getattr(config, "skip_gates", None) is None:
+        raise ValueError(
+            f"`skip_layers` is {skip_layers}, and this model has no gates. Leave it out, or give the model gates and "
+            "train them: hf_costeff.add_skip_gates(model)."
+        )
+
+
 def check_exit_config(values: dict[str, Any] | None) -> None:
     """Nothing, if `config.exit_config` holds settings that an [`ExitConfig`] can have, or none.
 

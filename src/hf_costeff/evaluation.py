@@ -21,7 +21,7 @@ from .calibration import ExitSearch, choose_exit_config
 from .calibration_goals import GOALS, check_goal
 from .cascade_costs import member_flops
 from .checksums import fingerprint
-from .configuration_costeff import problem_type_of
+from .configuration_costeff import check_skip_layers, problem_type_of
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     count_parameters,
@@ -36,6 +36,7 @@ from .metrics import METRICS, compute_metrics, default_metric
 from .modeling_cascade import CostEffCascade
 from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, inference
 from .promises import weights_fingerprint
+from .skip_gates import is_skipped
 from .stages import train_keys
 
 logger = logging.get_logger(__name__)
@@ -78,19 +79,17 @@ def collect_exit_logits(
     Raises:
         ValueError: `skip_layers=True` without gates.
     """
+    check_skip_layers(skip_layers, model.config)
     gated = getattr(model.config, "skip_gates", None) is not None
-    if skip_layers and not gated:
-        raise ValueError(
-            f"`skip_layers` is {skip_layers}, and this model has no gates. Leave it out, or give the model gates and "
-            "train them: hf_costeff.add_skip_gates(model)."
-        )
     settings = {"use_gates": False} if gated and skip_layers is False else {}
 
     def ask(batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         outputs = model(**model_inputs(model, batch), **settings)
         logits = torch.stack(outputs.exit_logits if "exit_logits" in outputs else (outputs.logits,), dim=1)
         chances = outputs.get("skip_probabilities")
-        return (logits,) if chances is None else (logits, torch.stack(chances, dim=1) >= model.config.skip_threshold)
+        if chances is None:
+            return (logits,)
+        return logits, is_skipped(torch.stack(chances, dim=1), model.config.skip_threshold)
 
     with inference(model):
         logits, *skipped = _asked(dataset, collator, batch_size, ask, description if show_progress else None)

@@ -196,7 +196,7 @@ class RunningRows:
         if evidence is None:
             leaves, on_host = [True] * len(asked), sums.tolist()
         else:
-            judged, on_host = torch.stack([evidence, sums]).tolist()  # the one transfer
+            judged, on_host = torch.stack([evidence, sums]).tolist()  # the one transfer of a checked layer
             leaves = plan.passes(judged, self.depth)
         if not math.isfinite(sum(on_host)):
             self._check_finite(logits, asked)

@@ -94,6 +94,8 @@ class ReportCard(ABC):
         source = public_name(settings.get(self.SOURCE))
         chosen = {key: record[key] for record in report["stages"].values() for key in CHOSEN & set(record)}
         known = {**settings, **chosen}
+        if known.get("target_layers") is not None:  # which adapts the weight
+            known["skip_weight"] = None
         return ModelCard.from_template(
             self.metadata(),
             template_path=str(TEMPLATES / "model_card.md"),
@@ -400,6 +402,7 @@ class TrainingCard:
             name=self.name,
             layers=self.config.num_hidden_layers,
             exit_layers=", ".join(map(str, self.config.exit_layers)),
+            gated=self.config.skip_gates is not None,
             parameters=f"{self.parameters:,}",
             teacher=f", with {linked} as its teacher" if self.teacher is not None else "",
             use=how_to_use(self.name, self.config),

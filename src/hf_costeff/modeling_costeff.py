@@ -17,7 +17,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_costeff import EXIT_HEAD_HEADS, GATE_HEADS, CostEffConfig
+from .configuration_costeff import EXIT_HEAD_HEADS, GATE_HEADS, CostEffConfig, check_skip_layers
 from .encoder_layers import CostEffEmbeddings, CostEffLayer, eager_attention
 from .exit_criteria import ExitConfig, answer_confidence, probabilities
 from .exit_heads import EXIT_HEAD_CLASSES, EXIT_POOLING_FUNCTIONS, FreshLinear
@@ -26,7 +26,7 @@ from .hub import CARD, copy_report, plain_card, push_folder
 from .modeling_outputs import CostEffClassifierOutput, CostEffModelOutput, CostEffPrediction
 from .packed_linear import PackedLinear, use_packed_layers
 from .promises import warn_if_void
-from .skip_gates import SKIP_GATE_CLASSES, SkipMixing
+from .skip_gates import SKIP_GATE_CLASSES, SkipMixing, is_skipped
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """What `predict` takes of a tokenizer's output."""
@@ -329,11 +329,7 @@ class CostEffModel(CostEffPreTrainedModel):
             ValueError: `early_exit=True` without saved settings, settings that do not fit the model or its gates, or
                 `skip_layers=True` without gates.
         """
-        if skip_layers and not len(self.gates):
-            raise ValueError(
-                f"`skip_layers` is {skip_layers}, and this model has no gates. Leave it out, or give the model gates "
-                "and train them: hf_costeff.add_skip_gates(model)."
-            )
+        check_skip_layers(skip_layers, self.config)
         skips = bool(len(self.gates) if skip_layers is None else skip_layers)
         settings = ExitConfig.resolve(early_exit, self.config.exit_config)
         plan = ExitPlan.make(settings, self.config.exit_layers, self.config.resolved_problem_type, skips)
@@ -396,8 +392,10 @@ class CostEffModel(CostEffPreTrainedModel):
         asks_all = stop == self.config.num_hidden_layers  # those who skip the last layer are answered there too
         while rows.depth < stop:
             layer = rows.depth + 1
-            decided = self.gates[layer - 1](rows.hidden_states, rows.padding_mask) >= self.config.skip_threshold
-            asked, running = rows.split(decided.tolist())  # the one transfer
+            decided = is_skipped(
+                self.gates[layer - 1](rows.hidden_states, rows.padding_mask), self.config.skip_threshold
+            )
+            asked, running = rows.split(decided.tolist())  # the one transfer of a gated layer
             if running is not None:
                 answers = self._run(running, layer, [] if asks_all else [stop])
                 rows.put(asked, running)

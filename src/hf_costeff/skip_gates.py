@@ -53,13 +53,22 @@ def _probability(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits)
 
 
+def is_skipped(probability: Tensor, threshold: float) -> Tensor:
+    """Booleans: whether a gate's probability makes a row skip the layer, any shape.
+
+    >>> is_skipped(torch.tensor([0.4, 0.5]), 0.5)
+    tensor([False,  True])
+    """
+    return probability >= threshold
+
+
 class HardWeight(torch.autograd.Function):
     """1 where a probability reaches the threshold, else 0; backward the identity (straight-through)."""
 
     @staticmethod
     def forward(ctx: Any, probability: Tensor, threshold: float) -> Tensor:
         """Any shape to the same."""
-        return (probability >= threshold).to(probability.dtype)
+        return is_skipped(probability, threshold).to(probability.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

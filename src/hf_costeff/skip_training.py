@@ -21,6 +21,7 @@ from .losses import cross_layer_contrastive_loss, skip_loss
 from .modeling_costeff import CostEffForSequenceClassification
 from .regularizer import Regularizer
 from .skip_diagnostics import COLLAPSED
+from .skip_gates import is_skipped
 from .training_args import ALL, BACKBONE, EXITS, CostEffTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -264,7 +265,8 @@ class SkipIncentive(Regularizer):
         if not self.learns:
             return {}
         chances = torch.stack(outputs.skip_probabilities).detach().float()  # (layers, batch)
-        run, counts = (chances < self.threshold).float().sum(dim=1), chances.new_tensor(self.counts)
+        run = (~is_skipped(chances, self.threshold)).float().sum(dim=1)
+        counts = chances.new_tensor(self.counts)
         rows = chances.new_tensor(chances.shape[1])
         counted = torch.stack([rows, run.sum(), run @ counts, chances.sum(dim=1) @ counts])
         self._counted = counted if self._counted is None else self._counted + counted

@@ -31,6 +31,7 @@ from .metrics import compute_metrics as default_metrics
 from .model_card import TrainingCard, describe_losses
 from .modeling_costeff import CostEffForSequenceClassification
 from .regularizer import Regularizer
+from .skip_gates import is_skipped
 from .skip_training import (
     LEARNING_EXITS,
     ContrastiveHeads,
@@ -320,11 +321,15 @@ class CostEffTrainer(ResumableTrainer):
 
     def _card(self, repo_id: str, stated: dict[str, Any]) -> ModelCard:
         evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_exit_") for key in entry)]
-        losses = describe_losses(self.loss_weights)
+        weights, budget = self.loss_weights, ""
+        if self.args.target_layers is not None:
+            weights = {name: weight for name, weight in weights.items() if name != "skip_loss"}
+            budget = f"; an incentive to skip, adapted to {self.args.target_layers:g} layers per row"
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         training = (
             f"{self.state.global_step:,} steps in batches of {rows:,}, "
-            f"learning rate {self.args.learning_rate:g}, seed {self.args.seed}; losses of every exit: {losses}."
+            f"learning rate {self.args.learning_rate:g}, seed {self.args.seed}; losses of every exit: "
+            f"{describe_losses(weights)}{budget}."
         )
         datasets = [stated["dataset"]] if isinstance(stated.get("dataset"), str) else stated.get("dataset")
         return TrainingCard(
@@ -458,7 +463,7 @@ class CostEffTrainer(ResumableTrainer):
     def _skip_metrics(self, metrics: dict[str, float], chances: Tensor) -> dict[str, float]:
         """Layers run by probabilities of skipping, shape (rows, layers), and metrics of the last exit on the target."""
         config, target = self.model.config, self.args.target_layers
-        shares = (chances < config.skip_threshold).float().mean(dim=0)
+        shares = (~is_skipped(chances, config.skip_threshold)).float().mean(dim=0)
         found = {"layers_run": float(shares.sum())}
         if target is not None:
             by_flops = float(shares @ torch.tensor(relative_layer_flops(config)))
