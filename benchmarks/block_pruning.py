@@ -5,8 +5,8 @@
     python benchmarks/block_pruning.py size --model DIR
     python benchmarks/block_pruning.py speed --model DIR
 
-`quality` compares, per seed and ratio: blocks pruned after reweighted group Lasso (gently: a tenth of the default
-strength), after plain group Lasso, after proximal reweighted steps, and at once (the same training without a penalty).
+`quality` compares, per seed and ratio: blocks pruned after reweighted group Lasso, after plain group Lasso, after
+either at ten times the strength, after proximal reweighted steps, and at once (the same training without a penalty).
 They are ranked by Taylor scores, but for "one-shot", which is by magnitude; "one-shot by taylor" is the other. One
 penalised run serves every ratio. The dense row is the same model trained as long without pruning. `--model` is a
 fine-tuned classifier, or a slim multi-exit model, which is pruned on top. `size` and `speed` need no data: they prune
@@ -50,8 +50,9 @@ SETTINGS = (
 """Flags that decide what the rows of a quality file say, beside those in their names."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "reweighted": {},
-    "gently reweighted": {"strength": 30.0},
     "plain": {"reweighted": False},
+    "reweighted at 300": {"strength": 300.0},
+    "plain at 300": {"strength": 300.0, "reweighted": False},
     "proximal": {"proximal": True},
     "one-shot": {"strength": 0.0, "importance": "magnitude"},
     "one-shot by taylor": {"strength": 0.0},

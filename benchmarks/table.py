@@ -371,7 +371,9 @@ def cascade_clock_table() -> str:
     return markdown_table(["run", "texts", "leaving", "formula", "counted", "measured", "measured / formula"], rows)
 
 
-VARIANTS_OF_BLOCKS = ("one-shot", "one-shot by taylor", "plain", "reweighted", "gently reweighted", "proximal")
+VARIANTS_OF_BLOCKS = (
+    *("one-shot", "one-shot by taylor", "plain", "reweighted", "plain at 300", "reweighted at 300", "proximal"),
+)
 RATIOS = {"0.3": "1.43x", "0.44": "1.79x", "0.5": "2x", "0.6": "2.5x", "0.8": "5x"}
 
 

@@ -269,11 +269,9 @@ def test_a_run_killed_between_the_phases_goes_on(folder, monkeypatch):
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
-def test_proximal_steps_want_a_tenth_of_the_strength():
-    given = {
-        proximal: BlockPruningArguments("model", "packed", proximal=proximal).strength for proximal in (False, True)
-    }
-    assert given == {False: 300, True: 30} and BlockPruningArguments("model", "packed", strength=0).strength == 0
+def test_without_training_under_it_there_is_no_penalty():
+    strengths = [BlockPruningArguments("model", "packed", **given).strength for given in ({}, {"strength": 0.0})]
+    assert strengths == [30, 0] and BlockPruningArguments("model", "packed", penalty_epochs=0.0).strength == 0
 
 
 @pytest.mark.parametrize(

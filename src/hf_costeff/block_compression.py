@@ -79,7 +79,7 @@ class BlockPruningArguments:
     balanced: bool = field(default=False, metadata={"help": "Every band of blocks keeps the same number of them."})
     embeddings: bool = field(default=False, metadata={"help": "Prune the embeddings too; they are stored whole."})
     strength: float | None = field(
-        default=None, metadata={"help": "Of the penalty; 0 trains without one. Default: 300, for proximal steps 30."}
+        default=None, metadata={"help": "Of the penalty, or of proximal steps; 0 trains without. Default: 30."}
     )
     reweighted: bool = field(default=True, metadata={"help": "Pull weak blocks harder; False is plain group Lasso."})
     proximal: bool = field(default=False, metadata={"help": "Shrink blocks after each step; for short runs."})
@@ -109,7 +109,7 @@ class BlockPruningArguments:
             given = f"`strength` is {self.strength:g}" if self.strength else "`proximal` is set"
             raise ValueError(f"{given}, and `penalty_epochs` is 0: nothing trains under a penalty. Leave one out.")
         if self.strength is None:
-            self.strength = 0.0 if not self.penalty_epochs else 30.0 if self.proximal else 300.0
+            self.strength = 30.0 if self.penalty_epochs else 0.0
         least = {"penalty_epochs": 0, "retrain_epochs": 0, "batch_size": 1, "seed": 0}
         check_ranges(self, least, above_zero=("learning_rate", "retrain_learning_rate"))
         self.blocks()
