@@ -456,7 +456,7 @@ class ReportRow:
 
 
 def report_rows(
-    contenders: Sequence[Contender], dataset: Dataset, collator: Collator, problem_type: str, timed_rows: int = 128
+    contenders: Sequence[Contender], dataset: Dataset, collator: Collator, problem_type: str, timed_rows: int = 64
 ) -> list[ReportRow]:
     """Figures of all contenders on the same rows, timed in alternation.
 
