@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import DatasetDict
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from helpers import balance_gates, save_named, sentence_rows, tiny_bert, tiny_model, word_tokenizer
 from hf_costeff import CostEffTrainer, block_compression, cli
@@ -19,6 +25,7 @@ from hf_costeff.mask_files import load_masks
 from hf_costeff.packed_linear import PackedLinear
 from hf_costeff.stages import train_keys
 
+SIZES = {"vocab_size": 60, "max_position_embeddings": 30, "num_labels": 2}
 SHORT = {"penalty_epochs": 0.2, "retrain_epochs": 0.2, "batch_size": 8, "columns": 4}
 
 
@@ -267,6 +274,27 @@ def test_a_run_killed_between_the_phases_goes_on(folder, monkeypatch):
     )
     assert interrupted.rows[-1].metrics == whole.rows[-1].metrics
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [
+        (
+            RobertaConfig(**SIZES, hidden_size=16, num_hidden_layers=2, num_attention_heads=2),
+            RobertaForSequenceClassification,
+        ),
+        (DistilBertConfig(**SIZES, dim=16, n_layers=2, n_heads=2, hidden_dim=32), DistilBertForSequenceClassification),
+    ],
+    ids=["roberta", "distilbert"],
+)
+def test_other_families_go_the_whole_way(config, model_class, tmp_path):
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(tmp_path / "stock")
+    word_tokenizer().save_pretrained(tmp_path / "stock")
+    result = prune(tmp_path, teacher=str(tmp_path / "stock"))
+    model = AutoModelForSequenceClassification.from_pretrained(result.model_path)
+    assert any(isinstance(module, PackedLinear) for module in model.modules())
+    assert result.compression == pytest.approx(2, rel=0.02) and result.rows[1].metrics == result.rows[2].metrics
 
 
 def test_without_training_under_it_there_is_no_penalty():

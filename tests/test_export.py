@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from helpers import sentence_rows, tiny_bert, tiny_model, token_rows, word_tokenizer
-from hf_costeff import ExitConfig, export, export_onnx, onnx_runner, predict_texts
+from hf_costeff import BlockShape, ExitConfig, export, export_onnx, onnx_runner, pack, predict_texts, prune_blocks
 from hf_costeff.cli import main
 from hf_costeff.commands.export import describe_int8
 from hf_costeff.efficiency import Latency
@@ -206,6 +206,16 @@ def test_int8_graphs_are_saved_and_answer_nearly_alike(model, tmp_path):
     assert 0 < (scores - exact).abs().max() < 0.1
     loss = done.int8_loss
     assert loss.rows == 30 and loss.agreement > 0.9 and loss.metrics_fp32.keys() == loss.metrics_int8.keys()
+
+
+def test_a_packed_model_exports_in_8_bits_too(tmp_path):
+    masked = slim(exit_config=SAVED.to_dict())
+    packed = pack(masked, prune_blocks(masked, BlockShape(columns=4), ratio=0.5)).eval()
+    done = export_onnx(packed, word_tokenizer(), tmp_path, int8=True, rows=token_rows(30))
+    assert done.int8_loss.agreement > 0.9
+    exact = torch.tensor([answer["score"] for answer in expected_answers(packed, TEXTS, False)])
+    scores = torch.tensor([answer["score"] for answer in Runner(tmp_path).predict(TEXTS, False)])
+    assert 0 < (scores - exact).abs().max() < 0.1
 
 
 @pytest.mark.parametrize(
