@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--exit_epochs", type=float, default=4.0)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--rows", type=int, help="For a trial: so many of train and of validation.")
-    parser.add_argument("--suffix", default="", help="Of files and folders, to keep trial runs apart.")
+    parser.add_argument("--suffix", default="", help="Of files and folders, e.g. --suffix=-trial.")
     parser.add_argument("--runs", default="runs")
     given = parser.parse_args()
     if given.what == "train" and not (given.task and given.data and given.model):
