@@ -92,7 +92,7 @@ def test_without_retraining_the_pruned_blocks_are_zero_all_the_same(folder):
 def test_a_run_whose_teacher_was_trained_anew_is_refused(folder):
     prune(folder, model="slim", teacher=str(folder / "stock"))
     tiny_bert(num_labels=2, seed=7).save_pretrained(folder / "stock")
-    with pytest.raises(ValueError, match="teacher_fingerprint was"):
+    with pytest.raises(ValueError, match="the teacher's weights changed"):
         prune(folder, model="slim", teacher=str(folder / "stock"), ratio=0.8)
 
 
@@ -274,6 +274,21 @@ def test_a_run_killed_between_the_phases_goes_on(folder, monkeypatch):
     )
     assert interrupted.rows[-1].metrics == whole.rows[-1].metrics
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
+def test_figures_and_weights_in_the_folder_are_of_one_run_though_another_was_killed_while_measuring(
+    folder, monkeypatch
+):
+    prune(folder)
+    before = {path.name: path.read_bytes() for path in (folder / "packed").iterdir() if path.is_file()}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(block_compression, "report_rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(folder, ratio=0.8)
+    assert before == {path.name: path.read_bytes() for path in (folder / "packed").iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize(

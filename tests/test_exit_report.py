@@ -170,6 +170,8 @@ def test_a_gated_regression_without_settings_is_reported_at_full_depth(tmp_path)
     assert "A row runs 1.00 of 2 layers on average, leaves after layer 2.00 and takes 1.00 times fewer" in text
     with pytest.raises(ValueError, match="The model has no exit settings"):
         write_exit_report(records, config_of(num_labels=1, exit_config=None), "spearman", tmp_path)
+    with pytest.raises(ValueError, match="The model has one exit, after its last layer"):
+        write_exit_report(records, config_of(num_labels=1, exit_config=None, exit_layers=[2]), "spearman", tmp_path)
 
 
 def test_a_model_that_skips_alone_is_reported_at_full_depth(tmp_path):

@@ -87,6 +87,15 @@ def test_other_settings_are_refused_naming_what_differs(change, message, store):
     assert StageStore(store.output_dir, SETTINGS)  # nothing was changed by the refusal
 
 
+def test_what_changed_is_said_in_words_and_another_recipe_is_called_so(tmp_path):
+    settings = {"seed": 42, "data_fingerprint": "a1"}
+    StageStore(tmp_path / "run", settings)
+    with pytest.raises(ValueError, match=r"another run \(the rows changed\)"):
+        StageStore(tmp_path / "run", {**settings, "data_fingerprint": "b2"})
+    with pytest.raises(ValueError, match=r"another run \(of another recipe\)"):
+        StageStore(tmp_path / "run", {"ratio": 0.5, "data_fingerprint": "a1"})
+
+
 @pytest.mark.parametrize("name", ["config.json", "stages/notes.txt", "a/b/c"])
 def test_a_folder_with_other_files_is_refused_and_left_alone(name, tmp_path):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

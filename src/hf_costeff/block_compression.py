@@ -344,8 +344,6 @@ class BlockPruning(StagedRun):
             each.set_attn_implementation("sdpa")
         packed = pack(pruned, masks)
         layouts = choose_layouts(packed)
-        packed.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
         contenders = self._contenders(pruned, packed)
         full = {name: 4 * rows * columns for name, (rows, columns) in masks.shapes.items()}
         stored = {name: size for name, size in full.items() if name in EMBEDDINGS}
@@ -364,6 +362,8 @@ class BlockPruning(StagedRun):
             "exit_config": None,
             **self._facts(stages, {**self.rows_from, **vars(self.arguments)}),
         }
+        packed.save_pretrained(folder)  # not before the figures beside it can be written too
+        self.tokenizer.save_pretrained(folder)
         (folder / PRUNING).write_text(json.dumps(facts, indent=1))
         (folder / "SUMMARY.md").write_text(f"# What came out\n\n{result.summary()}\n")
         write_model_card(folder, folder.resolve().name)

@@ -16,6 +16,12 @@ STAGES = "stages"
 RUN_FILE = "run.json"
 RECORD_FILE = "stage.json"
 TRAIN_KEYS = "train_keys.npy"
+FINGERPRINTS = {
+    "data_fingerprint": "the rows changed",
+    "model_fingerprint": "the model's weights changed",
+    "teacher_fingerprint": "the teacher's weights changed",
+}
+"""What it means that a digest of a run's settings differs."""
 
 
 class StageStore:
@@ -71,7 +77,11 @@ class StageStore:
     def _check_same_run(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differing:
-            changes = ", ".join(f"{key} was {found.get(key)!r}, now {wanted.get(key)!r}" for key in differing)
+            changes = ", ".join(
+                FINGERPRINTS.get(key) or f"{key} was {found.get(key)!r}, now {wanted.get(key)!r}" for key in differing
+            )
+            if found.keys() - wanted.keys() and wanted.keys() - found.keys():
+                changes = "of another recipe"
             raise ValueError(
                 f"The output folder {self.output_dir} holds the stages of another run ({changes}). "
                 "Choose another `output_dir`, delete this one, or repeat the first settings to go on."
