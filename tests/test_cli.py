@@ -43,6 +43,14 @@ def teacher(tmp_path) -> str:
 # --- help and mistakes in the call
 
 
+def test_help_shows_what_comes_first_and_no_default_that_is_decided_later(capsys):
+    with pytest.raises(SystemExit):
+        main(["block-prune", "--help"])
+    told = capsys.readouterr().out
+    assert "usage: hf-costeff block-prune MODEL [--flags]" in told
+    assert "(default: None)" not in told and "(default: 42)" in told
+
+
 @pytest.mark.parametrize("words", [["--help"], ["-h"]])
 def test_help_lists_the_commands(words, capsys):
     assert main(words) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,6 +17,13 @@ from ..hub import copy_report_files
 from ..model_card import write_model_card
 from ..modeling_costeff import CostEffForSequenceClassification
 from ..report import drop_exit_figures
+
+
+class KnownDefaults(ArgumentDefaultsHelpFormatter):
+    """Help with the defaults behind it, but for those that are decided later, of which the help itself tells."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,9 @@ class Command:
 
     def parser(self) -> HfArgumentParser:
         """The parser of its flags."""
-        parser = HfArgumentParser(list(self.arguments), prog=f"hf-costeff {self.name}")
+        parser = HfArgumentParser(list(self.arguments), prog=f"hf-costeff {self.name}", formatter_class=KnownDefaults)
+        if self.first is not None:
+            parser.usage = f"%(prog)s {self.first.upper()} [--flags]"
         for action in parser._actions:
             if action.option_strings[0] == f"--no_{action.dest}":  # upstream gives it the help of its opposite
                 action.help = f"Switch --{action.dest} off."
