@@ -96,9 +96,8 @@ def of_backbone(variant: str) -> dict[str, Any]:
 
 
 def arguments(given: argparse.Namespace, variant: str, target: float | None, seed: int) -> LayerSkippingArguments:
-    ungated = folder(given, UNGATED, None, seed)
-    if given.ungated is not None:
-        ungated = given.ungated.format(seed=seed)
+    made = given.ungated is not None
+    ungated = given.ungated.format(seed=seed) if made else folder(given, UNGATED, None, seed)
     start = {"model": ungated, "teacher": ungated, "gates": given.gates}
     if variant == UNGATED:
         start = {"model": given.model, "exit_head": given.exit_head}

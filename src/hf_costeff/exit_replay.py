@@ -475,11 +475,11 @@ def stored_settings(config: ExitingConfig) -> ExitConfig:
     Raises:
         ValueError: If there are none.
     """
-    if config.exit_config is None and len(config.exit_layers) == 1:
+    if config.exit_config is not None:
+        return ExitConfig.from_dict(config.exit_config)
+    if len(config.exit_layers) == 1:
         raise ValueError(
             "The model has one exit, after its last layer, so no row leaves early. Settings and reports of "
             "exits need one with more `exit_layers`."
         )
-    if config.exit_config is None:
-        raise ValueError("The model has no exit settings. Choose some first: `hf-costeff calibrate`.")
-    return ExitConfig.from_dict(config.exit_config)
+    raise ValueError("The model has no exit settings. Choose some first: `hf-costeff calibrate`.")

@@ -398,8 +398,6 @@ class LayerSkipping(StagedRun):
         skipping = diagnose_skipping(records, model.config)
         rows = report_rows(contenders, self.data.validation, self.collator, self.data.problem_type)
         result = LayerSkippingResult(folder, rows, self.metric, skipping, self.arguments.target_layers)
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
         curve, outcomes = [], []
         if settings is not None:
             curve = exit_curve(records, model.config, self.metric)
@@ -415,6 +413,8 @@ class LayerSkipping(StagedRun):
             "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
             **self._facts(stages, {**self.rows_from, **vars(self.arguments)}),
         }
+        model.save_pretrained(folder)  # not before the figures beside it can be written too
+        self.tokenizer.save_pretrained(folder)
         (folder / SKIPPING).write_text(json.dumps(facts, indent=1))
         (folder / "SUMMARY.md").write_text(f"# What came out\n\n{result.summary()}\n")
         draw_pareto_chart(folder / "pareto.png", rows, curve, self.metric)

@@ -77,11 +77,13 @@ class StageStore:
     def _check_same_run(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differing:
-            changes = ", ".join(
-                FINGERPRINTS.get(key) or f"{key} was {found.get(key)!r}, now {wanted.get(key)!r}" for key in differing
-            )
             if found.keys() - wanted.keys() and wanted.keys() - found.keys():
                 changes = "of another recipe"
+            else:
+                changes = ", ".join(
+                    FINGERPRINTS.get(key) or f"{key} was {found.get(key)!r}, now {wanted.get(key)!r}"
+                    for key in differing
+                )
             raise ValueError(
                 f"The output folder {self.output_dir} holds the stages of another run ({changes}). "
                 "Choose another `output_dir`, delete this one, or repeat the first settings to go on."
