@@ -174,6 +174,21 @@ def test_a_run_whose_rows_were_cut_at_another_length_is_refused(models, tmp_path
         skip(tmp_path / "models", tmp_path / "out")
 
 
+def test_figures_and_weights_in_the_folder_are_of_one_run_though_another_was_killed_while_measuring(
+    models, tmp_path, monkeypatch
+):
+    skip(models, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer_skipping, "exit_curve", killed)
+    with pytest.raises(KeyboardInterrupt):
+        skip(models, tmp_path / "out", exit_epochs=1.0)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+
+
 def test_a_run_killed_between_the_phases_goes_on(models, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         stop_at("exits", patched)

@@ -476,8 +476,7 @@ class Compression(StagedRun):
         ]
         rows = report_rows(contenders, self.data.validation, self.collator, self.data.problem_type)
         result = CompressionResult(self.output_dir, plan, rows, self.metric)
-        slim.save_pretrained(result.model_path)
-        self.tokenizer.save_pretrained(result.model_path)
+        curve = exit_curve(records["slim model"], slim.config, self.metric)
         outcomes = class_outcomes(ExitReplay(records["slim model"], slim.config), settings)
         facts = {
             "widths": describe_widths(Widths.of(slim.config)),
@@ -485,7 +484,9 @@ class Compression(StagedRun):
             "classes": [dataclasses.asdict(outcome) for outcome in outcomes],
             **self._facts(stages, self._settings()),
         }
-        write_report(result, exit_curve(records["slim model"], slim.config, self.metric), facts)
+        slim.save_pretrained(result.model_path)  # not before the figures beside it can be written too
+        self.tokenizer.save_pretrained(result.model_path)
+        write_report(result, curve, facts)
         write_model_card(result.model_path, self.arguments.push_to_hub or result.model_path.resolve().name)
         if self.arguments.push_to_hub is not None:
             push_folder(result.model_path, self.arguments.push_to_hub)
