@@ -334,7 +334,7 @@ def test_without_training_under_it_there_is_no_penalty():
         ({"refresh_epochs": 0.0}, "`refresh_epochs` is 0.0"),
         ({"strength": -1.0}, "`strength` is -1.0"),
         ({"metric": "spearman"}, "spearman"),
-        ({"teacher": "turned"}, "The teacher has the labels \\['b', 'a'\\] and the student \\['a', 'b'\\]"),
+        ({"teacher": "turned"}, "The teacher has the labels \\['b', 'a'\\] and the model \\['a', 'b'\\]"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(folder, settings, error, monkeypatch):

@@ -30,7 +30,7 @@ from hf_costeff.calibration import (
 from hf_costeff.calibration_goals import UnreachableGoalError, check_goal
 from hf_costeff.efficiency import mean_flops
 from hf_costeff.exit_criteria import ExitConfig, simulate_exits
-from hf_costeff.exit_replay import ExitLogits, ExitOutcome, ExitReplay, ExitTimes
+from hf_costeff.exit_replay import ExitLogits, ExitOutcome, ExitReplay, ExitTimes, ReferenceLogits
 from hf_costeff.guarantees import describe_promise, split_rows
 
 GATED = tiny_config(skip_gates="linear")
@@ -725,11 +725,96 @@ def test_few_rows_for_a_temperature_are_told(caplog):
 def test_the_reference_of_losses_is_named_where_rows_skip():
     settings = choose_exit_config(skipping(3000), GATED, "accuracy", max_disagreement=5.0, guarantee=True)
     seen = settings.calibration
-    assert seen["promise"]["reference"] == "the same model at full depth, with its gates"
-    assert describe_promise(seen["promise"]).endswith("counted against the same model at full depth, with its gates.")
+    assert "the early answer differs from that of full depth with its gates. " in describe_promise(seen["promise"])
     assert "at full depth with its gates, " in describe_seen(seen)
     plain = choose_exit_config(population(3000), DEEP, "accuracy", max_disagreement=5.0, guarantee=True).calibration
-    assert "reference" not in plain["promise"] and "gates" not in describe_seen(plain)
+    assert "differs from that of full depth. " in describe_promise(plain["promise"])
+    assert "gates" not in describe_seen(plain)
+    old = {name: value for name, value in plain["promise"].items() if name != "reference"}  # made by earlier versions
+    assert describe_promise(old) == describe_promise(plain["promise"])
+
+
+# --- losses against another model
+
+
+def against(records: ExitLogits, share: float) -> ExitLogits:
+    """With a reference that answers as full depth does, but for a share of the rows, where it is right."""
+    logits = records.logits[:, -1].clone()
+    wrong = (logits.argmax(-1) != records.labels).nonzero().squeeze(-1)[: round(share * len(records.labels))]
+    logits[wrong, records.labels[wrong]] = 50.0
+    return dataclasses.replace(records, reference=ReferenceLogits("org/teacher", logits))
+
+
+def lost_to_reference(records: ExitLogits, settings: ExitConfig) -> np.ndarray:
+    """By hand: rows that the reference has right and early exit wrong."""
+    exits = simulate_exits(records.logits, settings, DEEP.exit_layers, SINGLE)
+    early = records.logits.argmax(-1)[torch.arange(len(exits)), exits]
+    answered = records.reference.logits.argmax(-1)
+    return ((answered == records.labels) & (early != records.labels)).numpy()
+
+
+@pytest.mark.parametrize("goal", ["max_accuracy_drop", "max_metric_drop", "max_disagreement"])
+def test_losses_against_a_reference_leave_less_room_than_those_against_full_depth(goal):
+    records = against(population(900), 0.02)
+    limit = {goal: 4.0}
+    settings = choose_exit_config(records, DEEP, "accuracy", **limit)
+    seen, answered = settings.calibration, records.reference.logits.argmax(-1)
+    exits = simulate_exits(records.logits, settings, DEEP.exit_layers, SINGLE)
+    early = records.logits.argmax(-1)[torch.arange(900), exits]
+    reference_metric, metric = ((each == records.labels).double().mean().item() for each in (answered, early))
+    assert seen["reference_metric"] == pytest.approx(reference_metric) and seen["early_exit"] == pytest.approx(metric)
+    assert seen["disagreement"] == pytest.approx((early != answered).double().mean().item())
+    lost = seen["disagreement"] if goal == "max_disagreement" else reference_metric - metric
+    assert 0.035 < lost <= 0.04 + 1e-9
+    alone = choose_exit_config(dataclasses.replace(records, reference=None), DEEP, "accuracy", **limit).calibration
+    assert alone["mean_exit_layer"] < seen["mean_exit_layer"] and alone["early_exit"] <= seen["early_exit"]
+    assert f"accuracy {reference_metric:.4f} of org/teacher, {seen['full_depth']:.4f} at full depth" in describe_seen(
+        seen
+    )
+
+
+@pytest.mark.parametrize("goal", ["max_accuracy_drop", "max_metric_drop", "max_disagreement"])
+def test_a_loss_that_full_depth_exceeds_is_refused_with_what_it_loses(goal):
+    records = against(population(500), 0.02)
+    message = f"`{goal}` is 1.9, and full depth itself loses 2.00 points against org/teacher, so no exit settings keep"
+    with pytest.raises(UnreachableGoalError, match=message):
+        choose_exit_config(records, DEEP, "accuracy", **{goal: 1.9})
+
+
+def test_what_differs_from_a_reference_needs_no_labels():
+    records = dataclasses.replace(against(population(500), 0.02), labels=None)
+    seen = choose_exit_config(records, DEEP, "accuracy", max_disagreement=5.0).calibration
+    assert "reference_metric" not in seen and 0.02 <= seen["disagreement"] <= 0.05
+    assert describe_seen(seen).startswith(f"On 500 rows: {seen['disagreement']:.2%} answer otherwise than org/teacher,")
+
+
+def test_a_promise_against_a_reference_counts_what_full_depth_loses_too():
+    records = against(population(3000), 0.01)
+    settings = choose_exit_config(records, DEEP, "accuracy", max_accuracy_drop=3.0, guarantee=True)
+    promise, (_, testing) = settings.calibration["promise"], split_rows(records.row_keys)
+    assert promise["flips"] == lost_to_reference(records, settings)[testing].sum()
+    assert promise["flips"] > lost_to_reference(records, ExitConfig(threshold=0.0))[testing].sum() > 0
+    assert "org/teacher is right and the early answer wrong" in describe_promise(promise)
+    assert settings.calibration["mean_exit_layer"] < 4
+
+
+def test_full_depth_itself_is_promised_against_a_reference_only_if_it_was_tested():
+    """Against itself it loses nothing, and needs no test; against another model it may lose too much."""
+    records = against(population(900), 0.02)
+    seen = choose_exit_config(records, DEEP, "accuracy", max_accuracy_drop=2.0, guarantee=True).calibration
+    _, testing = split_rows(records.row_keys)
+    lost = lost_to_reference(records, ExitConfig(threshold=0.0))[testing].sum()
+    assert "promise" not in seen and seen["mean_exit_layer"] == 4.0
+    assert (
+        f"Cannot promise at most 2 points with probability 0.9: full depth itself loses {lost} of 600"
+        in (seen["no_promise"])
+    )
+    worthless = population(900)  # exits that lose all: nothing but full depth can be promised
+    worthless.logits[:, :-1] = 0.0
+    settings = choose_exit_config(against(worthless, 0.005), DEEP, "accuracy", max_accuracy_drop=2.0, guarantee=True)
+    promise = settings.calibration["promise"]
+    assert settings.calibration["mean_exit_layer"] == 4.0
+    assert promise["flips"] == lost_to_reference(against(worthless, 0.005), settings)[testing].sum()
 
 
 THREE = tiny_config(num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2)

@@ -321,6 +321,9 @@ def test_the_commands_train_calibrate_and_predict(checkpoints, caplog, capsys):
     held_out = ["--validation_file", str(checkpoints / "held_out.csv")]
     assert main(["cascade", "calibrate", folder, *held_out, "--max_megaflops", "0.05", "--no_fit_temperatures"]) == 0
     assert "Saved in" in capsys.readouterr().out
+    reference = ["--reference", str(checkpoints / "whole"), "--max_disagreement", "100", "--no_fit_temperatures"]
+    assert main(["cascade", "calibrate", folder, *held_out, *reference, "--output_dir", f"{folder}-again"]) == 0
+    assert " of whole, " in capsys.readouterr().out
     goal = load_cascade(folder)[0].config.exit_config["calibration"]["goal"]
     assert goal == {"max_megaflops": 0.05}
     output = checkpoints / "answers.jsonl"

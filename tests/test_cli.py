@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,22 @@ def test_calibrate_states_its_promise_and_for_which_weights(slim, files, capsys)
 def test_calibrate_names_the_limits_it_chose(flags, words, slim, files, capsys):
     assert main(["calibrate", slim, *files, "--max_disagreement", "0", *flags]) == 0
     assert words in capsys.readouterr().out
+
+
+def test_calibrate_counts_losses_against_a_reference_that_is_named(slim, files, tmp_path, capsys):
+    teacher = tiny_bert(num_labels=2)
+    teacher.save_pretrained(tmp_path / "teacher")
+    word_tokenizer().save_pretrained(tmp_path / "teacher")
+    words = ["calibrate", slim, *files, "--reference", str(tmp_path / "teacher")]
+    assert main([*words, "--max_metric_drop", "100"]) == 0
+    assert re.search(r"accuracy [\d.]+ of teacher, [\d.]+ at full depth, [\d.]+ with early", capsys.readouterr().out)
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    before = Path(slim, "config.json").read_text()
+    assert main([*words, "--max_metric_drop", "50"]) == 1
+    assert f"The reference {tmp_path / 'teacher'} cuts texts into other pieces" in capsys.readouterr().err
+    assert Path(slim, "config.json").read_text() == before
 
 
 def test_calibrate_needs_no_labels_to_limit_disagreement(slim, tmp_path, capsys):

@@ -11,7 +11,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import DataCollatorWithPadding
 
 from helpers import balance_gates, tiny_bert, tiny_model, token_rows, word_tokenizer
-from hf_costeff import CostEffForSequenceClassification, ExitConfig
+from hf_costeff import CostEffCascade, CostEffForSequenceClassification, ExitConfig
 from hf_costeff.calibration import describe_seen
 from hf_costeff.efficiency import cumulative_flops, stock_flops
 from hf_costeff.evaluation import (
@@ -24,6 +24,7 @@ from hf_costeff.evaluation import (
     report_rows,
     row_keys,
 )
+from hf_costeff.exit_replay import ExitTimes
 from hf_costeff.promises import weights_fingerprint
 from hf_costeff.stages import StageStore
 
@@ -141,6 +142,61 @@ def test_calibrating_stores_settings_that_predict_uses(rows):
     assert settings.calibration["early_exit"] == pytest.approx(sum(right) / 23)
     full = [outputs.logits.argmax().item() == label for outputs, label in zip(single_rows(model, rows), rows["labels"])]  # noqa: B905 - one output per row
     assert settings.calibration["full_depth"] == pytest.approx(sum(full) / 23)
+
+
+def test_losses_may_be_counted_against_another_model(rows):
+    model, teacher = tiny_model(), tiny_bert(seed=1)
+    with torch.no_grad():
+        theirs = torch.cat([teacher(torch.tensor([ids])).logits for ids in rows["input_ids"]]).argmax(-1)
+        early = [model(torch.tensor([ids])).exit_logits[0].argmax().item() for ids in rows["input_ids"]]
+    share = (theirs != torch.tensor(early)).double().mean().item()
+    seen = calibrate(model, rows, COLLATOR, max_disagreement=100.0, reference=teacher, show_progress=False).calibration
+    assert seen["mean_exit_layer"] == 1.0 and seen["disagreement"] == pytest.approx(share)
+    assert seen["reference"] == "the reference"  # it was made here, and has no name
+
+
+@pytest.mark.parametrize("name", ["org/bert", "/home/somebody/bert"])
+def test_a_reference_is_named_as_the_hub_knows_it_or_by_its_folder(name, rows):
+    model, teacher = tiny_model(), tiny_bert(seed=1)
+    teacher.name_or_path = name
+    settings = calibrate(model, rows, COLLATOR, target_speedup=1.2, reference=teacher, show_progress=False)
+    assert settings.calibration["reference"] == ("org/bert" if name == "org/bert" else "bert")
+
+
+@pytest.mark.parametrize("multi_exit", [False, True])
+def test_a_speed_up_counts_against_the_reference_unless_flops_are_named(multi_exit, rows):
+    model = tiny_model(num_attention_heads=2)
+    teacher = tiny_model(seed=1) if multi_exit else tiny_bert(seed=1)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    flops = [
+        cumulative_flops(teacher.config, length, checked_exits=[4])[-1]
+        if multi_exit
+        else stock_flops(teacher.config, length)
+        for length in lengths
+    ]
+    found = {}
+    for name, options in {
+        "alone": {},
+        "against": {"reference": teacher},
+        "named": {"reference_flops": sum(flops) / len(flops)},
+        "both": {"reference": teacher, "reference_flops": 1.0e12},
+    }.items():
+        settings = calibrate(model, rows, COLLATOR, target_speedup=2.0, show_progress=False, **options)
+        found[name] = settings.calibration["speedup_over_full_depth"]
+    assert found["against"] == found["named"] != found["alone"] >= 2.0 and found["both"] == 1.0
+
+
+def test_a_reference_must_answer_for_the_model(rows):
+    model, times = tiny_model(), ExitTimes([1.0, 2.0, 3.0, 4.0], 0.1, 1, 1, "float32", hardware={})
+    cascade = CostEffCascade.from_members([tiny_bert(num_hidden_layers=1), tiny_bert()])
+    for reference, options, message in (
+        (tiny_bert(num_labels=2), {}, "The reference has 2 labels and the model 3"),
+        (cascade, {}, "The reference is a cascade.*take its last member"),
+        (tiny_bert(), {"exit_times": times}, "`reference` and `exit_times` are given.*was not timed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, rows, COLLATOR, target_speedup=1.1, reference=reference, **options)
+    assert model.config.exit_config is None
 
 
 def test_exits_that_were_chosen_by_time_are_kept_through_calibrations_and_those_that_were_named_are_not(rows):

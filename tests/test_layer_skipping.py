@@ -237,7 +237,7 @@ def test_a_run_killed_between_the_phases_goes_on(models, tmp_path, monkeypatch):
         ),
         ({"max_metric_drop": 1.0, "exit_epochs": 0.0}, "`max_metric_drop` is 1.0, a goal of exits"),
         ({"target_layers": 2.0, "epochs": 0.0}, "`target_layers` is 2, and `epochs` is 0: gates do not learn"),
-        ({"teacher": "turned"}, "The teacher has the labels \\['b', 'a'\\] and the student \\['a', 'b'\\]"),
+        ({"teacher": "turned"}, "The teacher has the labels \\['b', 'a'\\] and the model \\['a', 'b'\\]"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(settings, error, models, tmp_path, monkeypatch):

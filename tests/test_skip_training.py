@@ -381,6 +381,27 @@ def test_evaluation_is_that_of_skipping_alone_and_says_how_many_layers_ran(tmp_p
     assert not [name for name in make_trainer(tmp_path, tiny_model()).evaluate() if "layers_run" in name]
 
 
+def test_the_checkpoint_that_answers_best_with_skipping_alone_is_kept(tmp_path):
+    """Rows of `predict` without early exit, at every evaluation, decide which weights are left at the end."""
+    model, rows = tiny_model(**GATED), token_rows(10, seed=1)
+    batch, seen = batch_of(rows), []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            logits = model.eval().predict(batch["input_ids"], batch["attention_mask"], early_exit=False).logits
+            seen.append((float((logits.argmax(-1) == batch["labels"]).double().mean()), weights(model)))
+
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 8}
+    keeping = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
+    settings = {"trained_parts": "backbone", "hard_gate_ratio": 0.5, "learning_rate": 3e-2}
+    make_trainer(tmp_path, model, callbacks=[Watch()], **steps, **keeping, **settings).train()
+    best = max(accuracy for accuracy, _ in seen)
+    assert best > seen[-1][0]  # else the last would do
+    kept = weights(model)
+    first = next(each for accuracy, each in seen if accuracy == best)
+    assert all(torch.equal(kept[name], first[name]) for name in first)
+
+
 @pytest.mark.parametrize(
     ("sizes", "settings", "message"),
     [

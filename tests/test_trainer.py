@@ -622,7 +622,7 @@ def test_neither_labels_nor_teacher_is_a_clear_error(tmp_path):
 
 
 def test_a_teacher_of_other_labels_or_width_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="The teacher has 2 labels and the student 3"):
+    with pytest.raises(ValueError, match="The teacher has 2 labels and the model 3"):
         make_trainer(tmp_path, tiny_model(), tiny_bert(num_labels=2))
     wide = {"hidden_size": 24, "num_attention_heads": 3}
     with pytest.raises(ValueError, match=r"hidden size is 24 and the student's is 12.*representation_weight=0"):

@@ -40,7 +40,7 @@ from .recipes import IMPORTANCE_ROWS, Phase, check_ranges
 from .regularizer import Regularizer
 from .report import PRUNING
 from .staged_run import Stage, StagedRun, settings_key, settings_of_run
-from .teacher import check_teacher
+from .teacher import check_same_labels
 from .training_args import CostEffTrainingArguments
 
 MASKS = "masks.safetensors"
@@ -217,7 +217,7 @@ class BlockPruning(StagedRun):
             self.start = convert_from_stock(self.given, exit_layers=[self.given.config.num_hidden_layers])
         self._prune(self.start)
         if self.teacher is not None:
-            check_teacher(self.teacher.config, self.start.config)
+            check_same_labels(self.teacher.config, self.start.config)
         self.penalty = BlockPenalty(
             arguments.blocks(),
             cast(float, arguments.strength),

@@ -40,7 +40,16 @@ from .exit_replay import (
     ReplayedPath,
     ThresholdPath,
 )
-from .guarantees import GATED_REFERENCE, last_safe, p_value, rows_needed, sample_needed, split_rows, zero_loss_rows
+from .guarantees import (
+    FULL_DEPTH,
+    GATED_FULL_DEPTH,
+    last_safe,
+    p_value,
+    rows_needed,
+    sample_needed,
+    split_rows,
+    zero_loss_rows,
+)
 from .metrics import LOWER_IS_BETTER, METRICS, paired_bootstrap, worse_by
 
 logger = logging.get_logger(__name__)
@@ -359,21 +368,21 @@ def choose_exit_config(
 ) -> ExitConfig:
     """Exit settings from exactly one goal: which exits are checked, and the limit at which a row leaves.
 
-    For each choice of exits to check there is a path of settings from careful to bold. With a largest loss, each
-    path gives the boldest setting such that it and every more careful one keep to it on these rows, and the one with
-    the fewest FLOPs is taken, or the least time if times are given. With a budget (`target_speedup`, `max_megaflops`,
-    `max_latency_ms`), each gives the most careful one that keeps to it, and the one with the best metric is taken, if
-    it stands out from that with all exits checked. With `guarantee`, a third of the rows fits temperatures and chooses
-    a path, the others test it step by step, and the boldest setting proved to keep to the loss on new rows of the same
-    distribution is taken.
+    Losses are against full depth, or against `records.reference` where there is one. For each choice of exits to check
+    there is a path of settings from careful to bold. With a largest loss, each path gives the boldest setting such that
+    it and every more careful one keep to it on these rows, and the one with the fewest FLOPs is taken, or the least
+    time if times are given. With a budget (`target_speedup`, `max_megaflops`, `max_latency_ms`), each gives the most
+    careful one that keeps to it, and the one with the best metric is taken, if it stands out from that with all exits
+    checked. With `guarantee`, a third of the rows fits temperatures and chooses a path, the others test it step by
+    step, and the boldest setting proved to keep to the loss on new rows of the same distribution is taken.
 
     Args:
         records: Logits of all exits on held-out rows; with labels, but for `max_disagreement`.
         config: The model's.
         metric: What is reported, and what `max_metric_drop` limits, see `hf_costeff.metrics.METRICS`.
-        max_accuracy_drop: Points (hundredths) that accuracy may lose against full depth, 0 or more.
-        max_metric_drop: Points (hundredths) that the metric may lose against full depth, 0 or more.
-        max_disagreement: Share of the rows, in points, whose answer may differ from full depth's. Needs no labels.
+        max_accuracy_drop: Points (hundredths) that accuracy may lose, 0 or more.
+        max_metric_drop: Points (hundredths) that the metric may lose, 0 or more.
+        max_disagreement: Share of the rows, in points, whose answer may differ. Needs no labels.
         target_speedup: FLOPs of the reference over FLOPs with early exit, above 0; with `exit_times`, measured time at
             full depth over time with early exit.
         max_megaflops: Mean millions of FLOPs per row, at the rows' own lengths, above 0.
@@ -382,8 +391,8 @@ def choose_exit_config(
         exit_times: How long leaving at each exit takes, measured on the machine that will serve. `None`: FLOPs count.
         search: Which settings are tried; `None`: `ExitSearch()`.
         guarantee: Whether the loss must keep to the goal on new rows too, with probability 1 - `delta` over the
-            sample. Needs `row_keys`. The loss of `max_accuracy_drop` is then the share of rows that full depth has
-            right and early exit wrong, which is never less than the drop in accuracy.
+            sample. Needs `row_keys`. The loss of `max_accuracy_drop` is then the share of rows that full depth, or
+            the reference, has right and early exit wrong, which is never less than the drop in accuracy.
         delta: Largest chance of a broken promise, above 0 and below 1.
 
     Returns:
@@ -393,7 +402,8 @@ def choose_exit_config(
 
     Raises:
         ValueError: Not exactly one goal, a goal out of range, or rows that cannot serve it; as
-            [`hf_costeff.calibration_goals.UnreachableGoalError`], a budget out of reach.
+            [`hf_costeff.calibration_goals.UnreachableGoalError`], a budget out of reach, or a loss that full depth
+            exceeds against a reference.
     """
     search = search or ExitSearch()
     goals = (max_accuracy_drop, max_metric_drop, max_disagreement, target_speedup, max_megaflops, max_latency_ms)
@@ -417,7 +427,9 @@ def choose_exit_config(
         reference = reference_flops or replay.full_depth.mean_cost(costs)
         chosen = _reaching(replay, search.paths(replay, goal), metric, costs, goal, limit, reference)
     else:
-        chosen = _within(replay, search.paths(replay, goal), _loss_of(replay, goal, metric), limit, costs)[0]
+        paths, loss = search.paths(replay, goal), _loss_of(replay, goal, metric)
+        _check_full_depth(replay, paths, loss, goal, limit)
+        chosen = _within(replay, paths, loss, limit, costs)[0]
     if exit_times is not None:
         extra["timed"] = {"ms_per_text": replay.at(chosen).mean_cost(costs), **exit_times.conditions()}
     return dataclasses.replace(chosen, calibration={"goal": {goal: limit}, **_seen(replay, chosen, metric), **extra})
@@ -427,20 +439,38 @@ Loss = Callable[[ReplayedPath], Iterable[float]]
 
 
 def _loss_of(replay: ExitReplay, goal: str, metric: str) -> Loss:
-    """What is lost against full depth under each setting of a path, in points."""
+    """What is lost against the reference under each setting of a path, in points."""
     if goal == "max_disagreement" or metric == "accuracy":
         points = 100 / len(replay)
-        lost = replay.losses(goal) if goal == "max_disagreement" else replay.right[:, -1:] - 1.0 * replay.right
+        lost = replay.losses(goal) if goal == "max_disagreement" else replay.reference_right - 1.0 * replay.right
         return lambda path: points * path.totals(lost)
-    full = replay.full_depth.metric(metric)
+    reference = replay.reference_metric(metric)
 
     def losses(path: ReplayedPath) -> Iterator[float]:
         """Computed where rows move, and no further than somebody asks."""
         for start, end in pairwise([*path.changes, len(path.settings)]):
-            lost = 100 * worse_by(full, path.at(start).metric(metric), metric)
+            lost = 100 * worse_by(reference, path.at(start).metric(metric), metric)
             yield from repeat(lost, end - start)
 
     return losses
+
+
+def _check_full_depth(replay: ExitReplay, paths: list[SettingsPath], loss: Loss, goal: str, limit: float) -> None:
+    """Refuse a largest loss that full depth exceeds, as it may against another model."""
+    [careful] = replay.along(paths[0][0][:1])
+    [lost] = loss(careful)
+    if lost > limit + 1e-9:
+        raise UnreachableGoalError(
+            f"`{goal}` is {limit:g}, and full depth itself loses {lost:.2f} points against {_reference_of(replay)}, so "
+            "no exit settings keep to it. Allow more, or train the model further."
+        )
+
+
+def _reference_of(replay: ExitReplay) -> str:
+    """What losses are counted against, in words."""
+    if replay.records.reference is not None:
+        return replay.records.reference.name
+    return FULL_DEPTH if replay.records.skipped is None else GATED_FULL_DEPTH
 
 
 def _within(
@@ -544,28 +574,26 @@ def _guaranteed(
     steps = fitting.distinct(*path)
     losses = testing.losses(goal)
     lost = np.concatenate([piece.totals(losses) for piece in testing.along(*steps)]).astype(int).tolist()
-    safe = last_safe(lost[1:], tests, epsilon, delta)  # the first lets nobody leave
+    untested = int(replay.records.reference is None)  # the first lets nobody leave: it loses nothing to full depth
+    safe = last_safe(lost[untested:], tests, epsilon, delta)
     if safe is None:
-        why = _why_not(lost[1] if len(lost) > 1 else None, tests, epsilon, delta)
+        named = "the most careful setting" if untested else "full depth itself"
+        why = _why_not(named, lost[untested] if len(lost) > untested else None, tests, epsilon, delta)
         return steps[0][0], {"no_promise": f"Cannot promise {wanted}: {why}"}
     position, flips = safe
     promise = {"loss": goal, "epsilon": epsilon, "delta": delta, "rows": tests, "flips": flips}
-    if replay.records.skipped is not None:
-        promise["reference"] = GATED_REFERENCE
-    part, own = [(part, own) for part in steps for own in range(len(part))][position + 1]
+    promise["reference"] = _reference_of(replay)
+    part, own = [(part, own) for part in steps for own in range(len(part))][position + untested]
     return part[own], {"promise": promise}
 
 
-def _why_not(flips: int | None, rows: int, epsilon: float, delta: float) -> str:
+def _why_not(named: str, flips: int | None, rows: int, epsilon: float, delta: float) -> str:
     """Why the first step of a path was not proved; `flips` is `None` if there is no step."""
     if flips is None:
         return "no setting lets a row leave early."
     enough = rows_needed(epsilon, delta, flips / rows)
     remedy = "more rows would not help" if enough is None else f"about {sample_needed(enough):,} rows would do"
-    return (
-        f"the most careful setting loses {flips} of {rows:,} rows (p = {p_value(flips, rows, epsilon):.2f}). At that "
-        f"rate {remedy}."
-    )
+    return f"{named} loses {flips} of {rows:,} rows (p = {p_value(flips, rows, epsilon):.2f}). At that rate {remedy}."
 
 
 def _seen(replay: ExitReplay, settings: ExitConfig, metric: str) -> dict[str, Any]:
@@ -578,6 +606,10 @@ def _seen(replay: ExitReplay, settings: ExitConfig, metric: str) -> dict[str, An
         record["disagreement"] = early.total(replay.losses("max_disagreement")) / record["rows"]
     if replay.records.skipped is not None:
         record["skip_threshold"] = replay.config.skip_threshold
+    if replay.records.reference is not None:
+        record["reference"] = replay.records.reference.name
+        if replay.records.labels is not None:
+            record["reference_metric"] = replay.reference_metric(metric)
     speedup = full.mean_flops / early.mean_flops
     return {**record, "mean_exit_layer": early.mean_exit_layer, "speedup_over_full_depth": speedup}
 
@@ -592,11 +624,13 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
         >>> describe_seen({"rows": 50, "disagreement": 0.02, "mean_exit_layer": 2.5, "speedup_over_full_depth": 2.0})
         'On 50 rows: 2.00% answer otherwise than at full depth, mean exit layer 2.50, 2.00x fewer FLOPs.'
     """
-    full = "at full depth with its gates" if seen.get("skip_threshold") is not None else "at full depth"
+    full = f"at {GATED_FULL_DEPTH if seen.get('skip_threshold') is not None else FULL_DEPTH}"
     if "metric" in seen:
-        quality = f"{seen['metric']} {seen['full_depth']:.4f} {full}, {seen['early_exit']:.4f} with early exit"
+        other = f"{seen['reference_metric']:.4f} of {seen['reference']}, " if "reference" in seen else ""
+        quality = f"{seen['metric']} {other}{seen['full_depth']:.4f} {full}, {seen['early_exit']:.4f} with early exit"
     else:
-        quality = f"{100 * seen['disagreement']:.2f}% answer otherwise than {full}"
+        than = f"than {seen['reference']}" if "reference" in seen else f"than {full}"
+        quality = f"{100 * seen['disagreement']:.2f}% answer otherwise {than}"
     trained = seen.get("trained_rows", 0)
     rows = f"{seen['rows']:,} rows, {trained:,} of which were in training" if trained else f"{seen['rows']:,} rows"
     said = (

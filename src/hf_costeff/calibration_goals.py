@@ -17,7 +17,7 @@ GOALS = ("max_accuracy_drop", "max_metric_drop", "max_disagreement", *BUDGETS)
 
 
 class UnreachableGoalError(ValueError):
-    """A budget that no settings keep to on the rows at hand."""
+    """A goal that no settings keep to on the rows at hand."""
 
 
 def default_criterion(problem_type: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 PROBES = (("A Charming, naïve café film — #42!",), ("the plot", "Isn't it GOOD?"))
 FEWEST_PIECES = 3  # that a tokenizer has beside special tokens; without files upstream makes up to two
 SHOWN = 3
@@ -54,6 +56,29 @@ def load_classifier(name: str, **options: Any) -> PreTrainedModel:
             "answers mean nothing. Give a fine-tuned classifier, saved as a whole."
         )
     return model
+
+
+def load_classifier_of_same_rows(
+    name: str, tokenizer: PreTrainedTokenizerBase, role: str = "teacher", **options: Any
+) -> PreTrainedModel:
+    """A classifier that is to be asked about the rows of a model.
+
+    Args:
+        name: Local folder or Hub id.
+        tokenizer: The model's.
+        role: What the classifier is to the model, for the message.
+        **options: As for `from_pretrained`.
+
+    Raises:
+        ValueError: As [`load_classifier`], or if it cuts texts into other pieces.
+    """
+    other = load_classifier(name, **options)
+    if not read_alike(load_tokenizer(name), tokenizer):
+        raise ValueError(
+            f"The {role} {name} cuts texts into other pieces than the model, so its answers to the model's rows would "
+            f"be noise. Take a {role} with the model's tokenizer."
+        )
+    return other
 
 
 def load_unfinished_classifier(name: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -101,6 +126,15 @@ def read_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> 
     if one.get_vocab() != other.get_vocab():
         return False
     return all(one(*probe)["input_ids"] == other(*probe)["input_ids"] for probe in PROBES)
+
+
+def public_name(name: str | None) -> str | None:
+    """A name that the Hub could know; `None` for a folder here, a path, or nothing.
+
+    >>> public_name("org/bert"), public_name("/bert"), public_name("")
+    ('org/bert', None, None)
+    """
+    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 @contextmanager

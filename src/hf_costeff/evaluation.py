@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers.utils import logging
 from .calibration import ExitSearch, choose_exit_config
 from .calibration_goals import GOALS, check_goal
 from .cascade_costs import member_flops
+from .checkpoints import public_name
 from .checksums import fingerprint
 from .configuration_costeff import check_skip_layers, problem_type_of
 from .efficiency import (
@@ -30,7 +32,7 @@ from .efficiency import (
 )
 from .exit_criteria import ExitConfig
 from .exit_quality import difficulty_inversion_score
-from .exit_replay import ExitLogits, ExitReplay, ExitTimes
+from .exit_replay import ExitLogits, ExitReplay, ExitTimes, ReferenceLogits
 from .markdown import markdown_table
 from .metrics import METRICS, compute_metrics, default_metric
 from .modeling_cascade import CostEffCascade
@@ -38,6 +40,7 @@ from .modeling_costeff import MODEL_INPUTS, CostEffForSequenceClassification, in
 from .promises import weights_fingerprint
 from .skip_gates import is_skipped
 from .stages import train_keys
+from .teacher import check_same_labels
 
 logger = logging.get_logger(__name__)
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
@@ -251,6 +254,7 @@ def calibrate(
     target_speedup: float | None = None,
     max_megaflops: float | None = None,
     max_latency_ms: float | None = None,
+    reference: PreTrainedModel | None = None,
     reference_flops: float | None = None,
     exit_times: ExitTimes | None = None,
     guarantee: bool = False,
@@ -267,8 +271,8 @@ def calibrate(
     Args:
         model: A multi-exit model; its `config.exit_config` is replaced. With gates, every row takes its own path, and
             full depth is that of the gated model. Or a cascade, whose members stand for exits, in
-            the order of cost, with the exit settings they have of their own: calibrate those first. Losses and
-            speed-ups are against the last member.
+            the order of cost, with the exit settings they have of their own: calibrate those first. Its full depth
+            is the last member.
         dataset: Tokenized rows which no training saw, with `labels`, but for `max_disagreement`. For a cascade whose
             members have tokenizers of their own, one data set per member, of the same rows.
         collator: Pads a list of rows to a batch; as the data sets one, or one per member.
@@ -278,10 +282,14 @@ def calibrate(
         max_metric_drop: Goal: points that the metric may lose against full depth. Has no guarantee.
         max_disagreement: Goal: share of the rows, in points, that may answer otherwise than full depth. Needs no
             labels.
-        target_speedup: Goal: the ratio of FLOPs to reach, or with `exit_times` of time. Has no guarantee.
+        target_speedup: Goal: the ratio of FLOPs to reach, or with `exit_times` of time, over full depth. Has no
+            guarantee.
         max_megaflops: Goal: millions of FLOPs per row, on average at the rows' own lengths. Has no guarantee.
         max_latency_ms: Goal: milliseconds per text, on average. Needs `exit_times`; has no guarantee.
-        reference_flops: What the speed-up is measured against, FLOPs per row; `None`: this model at full depth.
+        reference: A classifier with the model's labels and tokenizer that losses, promises and the speed-up in FLOPs
+            are against, such as the teacher or the model before it learnt to skip; of a multi-exit model its full
+            depth. It reads what the last member of a cascade reads. `None`: this model at full depth.
+        reference_flops: What the speed-up is measured against, FLOPs per row; `None`: the reference.
         exit_times: What the exits take on the machine that will serve, from
             [`hf_costeff.exit_times.measure_exit_times`]. `None`: FLOPs count. There are none for a cascade.
         guarantee: Whether the loss must keep to the goal on new rows of the same distribution, with probability
@@ -303,7 +311,8 @@ def calibrate(
         The settings, as stored.
 
     Raises:
-        ValueError: As [`hf_costeff.calibration.choose_exit_config`], or for a model without exits.
+        ValueError: As [`hf_costeff.calibration.choose_exit_config`], for a model without exits, or for a reference
+            that is a cascade, has other labels, or was not timed where the speed-up is one of time.
     """
     if not isinstance(model, CostEffForSequenceClassification | CostEffCascade):
         raise ValueError(f"{type(model).__name__} has no exits to calibrate. Compress it first: hf_costeff.compress.")
@@ -315,35 +324,74 @@ def calibrate(
     by_time = None if checked_exits is not None else _exits_chosen_by_time(model)
     search = ExitSearch(criterion, per_exit, fit_temperatures, by_time if checked_exits is None else checked_exits)
     check_goal(model.config, metric, criterion=criterion, **goals)  # before the model runs over all rows
+    if reference is not None:
+        _check_reference(reference, model, exit_times if target_speedup is not None else None)
     datasets, collators = _one_each(model, dataset, collator)
     trained_rows = _count_trained_rows(model, datasets[-1], trained_keys)
-    records = _calibration_records(model, datasets, collators, show_progress)
-    if guarantee:
-        records = dataclasses.replace(records, row_keys=row_keys(datasets[-1]))
+    records = _calibration_records(model, datasets, collators, guarantee, show_progress)
+    if reference is not None:
+        asked = collect_exit_logits(reference, datasets[-1], collators[-1], show_progress=show_progress)
+        records = dataclasses.replace(records, reference=ReferenceLogits(_name(reference), asked.logits[:, -1]))
+        if target_speedup is not None:
+            goals["reference_flops"] = reference_flops or _full_depth_flops(reference, asked)
     settings = choose_exit_config(records, model.config, metric, search=search, **goals)
-    assert settings.calibration is not None
-    if by_time is not None:
-        settings.calibration["exits_chosen_by_time"] = True
-    if trained_rows:
-        settings.calibration["trained_rows"] = trained_rows
-    if "promise" in settings.calibration:
-        settings.calibration["promise"]["fingerprint"] = _promised_for(model)
+    _note(settings, model, by_time is not None, trained_rows)
     if isinstance(model, CostEffCascade):
         _warn_if_dearer(settings)
     model.config.exit_config = settings.to_dict()
     return settings
 
 
+def _check_reference(reference: PreTrainedModel, model: PreTrainedModel, exit_times: ExitTimes | None) -> None:
+    if isinstance(reference, CostEffCascade):
+        raise ValueError("The reference is a cascade. Losses are counted against a single model: take its last member.")
+    if exit_times is not None:
+        raise ValueError(
+            "`reference` and `exit_times` are given for `target_speedup`, and the reference was not timed. Leave one "
+            "out: without times the speed-up counts FLOPs, without a reference it is over this model at full depth."
+        )
+    check_same_labels(reference.config, model.config, "reference")
+
+
+def _name(model: PreTrainedModel) -> str:
+    """As the Hub knows it, or of its folder, without the path to it."""
+    return public_name(model.name_or_path) or Path(model.name_or_path).name or "the reference"
+
+
+def _full_depth_flops(model: PreTrainedModel, records: ExitLogits) -> float:
+    """Mean FLOPs per row at the rows' own lengths, without early exit."""
+    if isinstance(model, CostEffForSequenceClassification):
+        return ExitReplay(records, model.config).full_depth.mean_flops
+    return float(np.mean([stock_flops(model.config, int(length)) for length in records.seq_lengths]))
+
+
 def _calibration_records(
     model: CostEffForSequenceClassification | CostEffCascade,
     datasets: list[Dataset],
     collators: list[Collator],
+    with_keys: bool,
     show_progress: bool,
 ) -> ExitLogits:
     showing: dict[str, Any] = {"description": "Calibrating", "show_progress": show_progress}
     if isinstance(model, CostEffCascade):
-        return collect_member_logits(model, datasets, collators, **showing)
-    return collect_exit_logits(model, datasets[0], collators[0], **showing)
+        records = collect_member_logits(model, datasets, collators, **showing)
+    else:
+        records = collect_exit_logits(model, datasets[0], collators[0], **showing)
+    return dataclasses.replace(records, row_keys=row_keys(datasets[-1])) if with_keys else records
+
+
+def _note(
+    settings: ExitConfig, model: CostEffForSequenceClassification | CostEffCascade, by_time: bool, trained_rows: int
+) -> None:
+    """Write into the record of a calibration what the choice itself does not know."""
+    seen = settings.calibration
+    assert seen is not None
+    if by_time:
+        seen["exits_chosen_by_time"] = True
+    if trained_rows:
+        seen["trained_rows"] = trained_rows
+    if "promise" in seen:
+        seen["promise"]["fingerprint"] = _promised_for(model)
 
 
 def _promised_for(model: CostEffForSequenceClassification | CostEffCascade) -> str:
@@ -499,7 +547,7 @@ def _report_row(contender: Contender, problem_type: str, ms_per_text: dict[str, 
             layers_run = exits.mean_layers_run
     else:
         logits, exit_layer, shares = records.logits[:, 0], float(model.config.num_hidden_layers), [1.0]
-        flops = float(np.mean([stock_flops(model.config, int(length)) for length in records.seq_lengths]))
+        flops = _full_depth_flops(model, records)
         flops_at_128 = float(stock_flops(model.config, PAPER_SEQ_LENGTH))
     return ReportRow(
         name=contender.name,

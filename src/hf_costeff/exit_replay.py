@@ -38,6 +38,19 @@ ExitingConfig: TypeAlias = CostEffConfig | CostEffCascadeConfig
 
 
 @dataclass(frozen=True)
+class ReferenceLogits:
+    """What another classifier said on the same rows, which losses are counted against.
+
+    Args:
+        name: Of the classifier, as it is to be spoken of.
+        logits: Raw logits, shape (rows, labels).
+    """
+
+    name: str
+    logits: Tensor
+
+
+@dataclass(frozen=True)
 class ExitLogits:
     """What a model said at every exit on a data set.
 
@@ -51,6 +64,7 @@ class ExitLogits:
             single model, whose cost follows from its configuration.
         skipped: Whether each row skips each layer, shape (rows, layers): it does not leave after those, but for the
             last. `None` where every row runs every layer.
+        reference: What losses are counted against; `None`: the last exit or member.
     """
 
     logits: Tensor
@@ -59,6 +73,7 @@ class ExitLogits:
     row_keys: Sequence[int] | None = None
     member_flops: Tensor | None = None
     skipped: Tensor | None = None
+    reference: ReferenceLogits | None = None
 
     def asked_at(self, exit_layers: Sequence[int]) -> np.ndarray:
         """Whether each row can be asked at each exit, shape (rows, exits): not after a layer that it skips.
@@ -86,7 +101,15 @@ class ExitLogits:
         labels = None if self.labels is None else self.labels[rows]
         flops = None if self.member_flops is None else self.member_flops[rows]
         skipped = None if self.skipped is None else self.skipped[rows]
-        return ExitLogits(self.logits[rows], self.seq_lengths[rows], labels, member_flops=flops, skipped=skipped)
+        other = self.reference
+        return ExitLogits(
+            self.logits[rows],
+            self.seq_lengths[rows],
+            labels,
+            member_flops=flops,
+            skipped=skipped,
+            reference=None if other is None else ReferenceLogits(other.name, other.logits[rows]),
+        )
 
 
 @dataclass(frozen=True)
@@ -320,6 +343,16 @@ class ExitReplay:
         rows, num_exits, _ = self.records.logits.shape
         return ReplayedExits(self, torch.full((rows,), num_exits - 1), (self.config.exit_layers[-1],))
 
+    @cached_property
+    def reference_logits(self) -> Tensor:
+        """What losses are counted against: the reference's raw logits, or full depth's; shape (rows, labels)."""
+        reference = self.records.reference
+        return self.full_depth.logits if reference is None else reference.logits
+
+    def reference_metric(self, name: str) -> float:
+        """A metric of what losses are counted against."""
+        return METRICS[self.problem_type][name](self.reference_logits.numpy(), self.records.known_labels())
+
     def at(self, settings: ExitConfig | None) -> ReplayedExits:
         """Where each row leaves, as [`simulate_exits`] says; `None` is full depth."""
         return self.full_depth if settings is None else self.along([settings])[0].at(0)
@@ -453,20 +486,36 @@ class ExitReplay:
         Raises:
             ValueError: If there are no labels.
         """
+        return self._are_right(self.answers)
+
+    @cached_property
+    def reference_right(self) -> np.ndarray:
+        """Whether what losses are counted against is right, shape (rows, 1).
+
+        Raises:
+            ValueError: If there are no labels.
+        """
+        return self._are_right(self._reference_answers)
+
+    @cached_property
+    def _reference_answers(self) -> Tensor:
+        return answers(self.reference_logits[:, None], self.problem_type)
+
+    def _are_right(self, answered: Tensor) -> np.ndarray:
         labels = torch.from_numpy(self.records.known_labels())[:, None]
         truth = labels > 0.5 if self.problem_type == MULTI_LABEL else labels
-        return same_answers(self.answers, truth, self.problem_type).numpy()
+        return same_answers(answered, truth, self.problem_type).numpy()
 
     def losses(self, goal: str) -> np.ndarray:
         """What answering at each exit would cost a row: True where a row loses, shape (rows, exits).
 
         Args:
-            goal: `"max_accuracy_drop"`: full depth is right and the exit wrong. Otherwise: the exit's answer differs
-                from full depth's.
+            goal: `"max_accuracy_drop"`: the reference is right and the exit wrong. Otherwise: the exit's answer differs
+                from the reference's. The reference is full depth unless the records have another.
         """
         if goal == "max_accuracy_drop":
-            return ~self.right & self.right[:, -1:]
-        return (~same_answers(self.answers, self.answers[:, -1:], self.problem_type)).numpy()
+            return ~self.right & self.reference_right
+        return (~same_answers(self.answers, self._reference_answers, self.problem_type)).numpy()
 
 
 def stored_settings(config: ExitingConfig) -> ExitConfig:

@@ -17,10 +17,10 @@ from scipy.stats import binom
 FITTING_SHARE = 3  # one row in so many fits temperatures and the path; the others test it
 MOST_ROWS = 1_000_000
 LOSSES = {
-    "max_accuracy_drop": "full depth is right and the early answer wrong",
-    "max_disagreement": "the early answer differs from that of full depth",
+    "max_accuracy_drop": "{reference} is right and the early answer wrong",
+    "max_disagreement": "the early answer differs from that of {reference}",
 }
-GATED_REFERENCE = "the same model at full depth, with its gates"
+FULL_DEPTH, GATED_FULL_DEPTH = "full depth", "full depth with its gates"
 
 
 def split_rows(row_keys: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -151,9 +151,9 @@ def describe_promise(promise: Mapping[str, Any]) -> str:
         Promised for new rows of the same kind, with probability 0.9: for at most 1.00% of them the early answer differs
         from that of full depth. It was tested on 800 rows, of which 2 lost.
     """
-    reference = f" Losses are counted against {promise['reference']}." if "reference" in promise else ""
+    loss = LOSSES[promise["loss"]].format(reference=promise.get("reference", FULL_DEPTH))
     return (
         f"Promised for new rows of the same kind, with probability {1 - promise['delta']:g}: for at most "
-        f"{promise['epsilon']:.2%} of them {LOSSES[promise['loss']]}. It was tested on {promise['rows']:,} rows, of "
-        f"which {promise['flips']:,} lost.{reference}"
+        f"{promise['epsilon']:.2%} of them {loss}. It was tested on {promise['rows']:,} rows, of which "
+        f"{promise['flips']:,} lost."
     )

@@ -38,7 +38,7 @@ from .report import SKIPPING
 from .skip_diagnostics import SkipDiagnostics, diagnose_skipping
 from .skip_training import check_skip_settings
 from .staged_run import Stage, StagedRun, settings_key, settings_of_run
-from .teacher import check_teacher
+from .teacher import check_same_labels
 from .training_args import BACKBONE, EXITS, CostEffTrainingArguments
 
 NO_GATES = "none"
@@ -229,7 +229,7 @@ class LayerSkipping(StagedRun):
         self._take_rows(rows, tokenizer, arguments.metric)
         self.start = self._with_gates(given)
         if self.teacher is not None:
-            check_teacher(self.teacher.config, self.start.config)
+            check_same_labels(self.teacher.config, self.start.config)
         self._require_answers(self.teacher)
         self._check()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration import describe_seen
+from .checkpoints import public_name
 from .configuration_costeff import CostEffConfig
 from .efficiency import PAPER_SEQ_LENGTH, cumulative_flops
 from .evaluation import TIMED_BATCHES, ReportRow, format_table
@@ -28,7 +28,6 @@ SHOWN_CLASSES = 10
 CHARTS = ("pareto.png", "skipping.png")
 CHOSEN = {"token_replacement_rate", "soft_label_exit"}
 """Settings that a stage may have chosen by itself, and written down."""
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 SETTINGS = {
     "recipe": "recipe",
     "compression": "parameters at most teacher /",
@@ -434,15 +433,6 @@ def describe_losses(weights: Mapping[str, float]) -> str:
     'soft_label_loss x 1, representation_loss x 0.5'
     """
     return ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight)
-
-
-def public_name(name: str | None) -> str | None:
-    """A name that the Hub could know; `None` for a folder here, a path, or nothing.
-
-    >>> public_name("org/bert"), public_name("/bert"), public_name("")
-    ('org/bert', None, None)
-    """
-    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def citation(*papers: str) -> str:

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .checkpoints import load_classifier, load_tokenizer, read_alike
+from .checkpoints import load_classifier_of_same_rows
 from .checksums import fingerprint, fingerprint_of
 from .configuration_cascade import require_single_model
 from .data import PreparedData, make_collator
@@ -132,13 +132,7 @@ class StagedRun:
         """
         if name is None:
             return None
-        teacher = self._prepared(load_classifier(name, dtype=torch.float32))
-        if not read_alike(load_tokenizer(name), tokenizer):
-            raise ValueError(
-                f"The teacher {name} cuts texts into other pieces than the model, so its answers to the model's rows "
-                "would be noise. Take a teacher with the model's tokenizer."
-            )
-        return teacher
+        return self._prepared(load_classifier_of_same_rows(name, tokenizer, dtype=torch.float32))
 
     def _require_answers(self, teacher: PreTrainedModel | None) -> None:
         """Refuse training rows that nothing can be learnt from.

@@ -29,26 +29,27 @@ class TeacherSignals:
     hidden_states: tuple[Tensor, ...]
 
 
-def check_teacher(teacher: PreTrainedConfig, student: CostEffConfig) -> None:
-    """Refuse a teacher whose answers mean other labels than the student's.
+def check_same_labels(other: PreTrainedConfig, config: PreTrainedConfig, role: str = "teacher") -> None:
+    """Refuse a classifier whose answers mean other labels than the model's.
 
     Args:
-        teacher: Config of a stock classifier or a multi-exit model.
-        student: Config of what is to learn from it.
+        other: Config of a stock classifier or a multi-exit model.
+        config: The model's.
+        role: What the classifier is to the model, for the message.
 
     Raises:
         ValueError: If the numbers of labels differ, or both have names and these differ.
     """
-    if teacher.num_labels != student.num_labels:
+    if other.num_labels != config.num_labels:
         raise ValueError(
-            f"The teacher has {teacher.num_labels} labels and the student {student.num_labels}. "
-            "Build the student from the teacher, or give both the same `num_labels`."
+            f"The {role} has {other.num_labels} labels and the model {config.num_labels}. Take one with the model's "
+            "labels."
         )
-    names = label_names(teacher), label_names(student)
+    names = label_names(other), label_names(config)
     if None not in names and names[0] != names[1]:
         raise ValueError(
-            f"The teacher has the labels {list(teacher.id2label.values())} and the student "
-            f"{list(student.id2label.values())}. Its answers are taken by their order, so give both the same "
+            f"The {role} has the labels {list(other.id2label.values())} and the model "
+            f"{list(config.id2label.values())}. Its answers are taken by their order, so give both the same "
             "`id2label`."
         )
 
@@ -69,13 +70,13 @@ class Teacher:
             kept.
 
     Raises:
-        ValueError: If it cannot teach, see [`check_teacher`].
+        ValueError: If it cannot teach, see [`check_same_labels`].
     """
 
     def __init__(
         self, model: PreTrainedModel, student: CostEffConfig, soft_label_exit: str = "same", remembers: bool = False
     ) -> None:
-        check_teacher(model.config, student)
+        check_same_labels(model.config, student)
         self.model = model.requires_grad_(False).eval()
         self.accepted = set(inspect.signature(model.forward).parameters)
         depth, width = model.config.num_hidden_layers, model.config.hidden_size

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from ..calibration import describe_seen
 from ..calibration_goals import check_guarantee, one_goal
+from ..checkpoints import load_classifier_of_same_rows
 from ..data import SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
 from ..exit_criteria import CRITERIA, ExitConfig
@@ -25,16 +28,21 @@ class SettingsArguments:
         default=None, metadata={"help": "Split to choose on, of rows that no training saw. Not needed with a file."}
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where to save. Default: the model's folder."})
-    max_accuracy_drop: float | None = field(
-        default=None, metadata={"help": "Goal: points that accuracy may lose against full depth."}
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "Classifier that losses, promises and the speed-up are against, e.g. the teacher. Default: the "
+            "model's own full depth."
+        },
     )
+    max_accuracy_drop: float | None = field(default=None, metadata={"help": "Goal: points that accuracy may lose."})
     max_metric_drop: float | None = field(default=None, metadata={"help": "Goal: points the metric may lose."})
     max_disagreement: float | None = field(
         default=None,
-        metadata={"help": "Goal: share of the rows, in points, that may answer otherwise than full depth."},
+        metadata={"help": "Goal: share of the rows, in points, that may answer otherwise."},
     )
     target_speedup: float | None = field(
-        default=None, metadata={"help": "Goal: FLOPs ratio to this model's full depth."}
+        default=None, metadata={"help": "Goal: FLOPs ratio to full depth, or to the reference."}
     )
     max_megaflops: float | None = field(
         default=None, metadata={"help": "Goal: millions of FLOPs per row on average, at the rows' own lengths."}
@@ -120,6 +128,7 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
             f"{wanted.model} has one exit, after its last layer, so nobody can leave early. Compress with more "
             "--exit_layers."
         )
+    reference = load_reference(wanted.reference, tokenizer)
     split = split_to_choose_on(wanted, data)
     rows = prepare_split(
         data,
@@ -140,6 +149,7 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
         collator,
         metric=wanted.metric,
         **wanted.goals,
+        reference=reference,
         exit_times=times,
         guarantee=wanted.guarantee,
         delta=wanted.delta,
@@ -154,6 +164,19 @@ def run(wanted: CalibrationArguments, data: SplitArguments) -> str:
         f"Saved in {folder}: {settings.criterion} criterion with {describe_limit(settings)}. {describe_seen(seen)}"
         f"{describe_what_holds(seen)}"
     )
+
+
+def load_reference(name: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """What losses are counted against, if it is named.
+
+    Args:
+        name: Local folder or Hub id.
+        tokenizer: That the rows were cut with.
+
+    Raises:
+        ValueError: If it cannot be loaded, or cuts texts into other pieces.
+    """
+    return None if name is None else load_classifier_of_same_rows(name, tokenizer, "reference")
 
 
 def split_to_choose_on(wanted: SettingsArguments, data: SplitArguments) -> str:

@@ -10,7 +10,7 @@ from ..cascade_training import CascadeArguments, train_cascade
 from ..conversion import longest_text
 from ..data import DataArguments, SplitArguments, make_collator, prepare_split
 from ..evaluation import calibrate
-from .calibrate import SettingsArguments, describe_limit, describe_what_holds, split_to_choose_on
+from .calibrate import SettingsArguments, describe_limit, describe_what_holds, load_reference, split_to_choose_on
 from .command import Command, writable_folder
 from .predict import PredictionArguments, answer_all
 
@@ -21,7 +21,8 @@ class CascadeCalibrationArguments(SettingsArguments):
 
     model: str = field(metadata={"help": "A cascade: a local folder, or a Hub id with --output_dir."})
     target_speedup: float | None = field(
-        default=None, metadata={"help": "Goal: FLOPs ratio to the last member at its own exit settings."}
+        default=None,
+        metadata={"help": "Goal: FLOPs ratio to the last member at its own exit settings, or to the reference."},
     )
     per_exit: bool = field(default=False, metadata={"help": "One threshold per member, not one for all."})
     fit_temperatures: bool = field(default=True, metadata={"help": "Fit each member's temperature before thresholds."})
@@ -51,6 +52,7 @@ def run_calibrate(wanted: CascadeCalibrationArguments, data: SplitArguments) -> 
     cascade, tokenizers = load_cascade(wanted.model)
     split = split_to_choose_on(wanted, data)
     each = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(cascade.config.members)
+    reference = load_reference(wanted.reference, each[-1])
     longest = [longest_text(member) for member in cascade.config.members]
     rows = [
         prepare_split(
@@ -63,8 +65,10 @@ def run_calibrate(wanted: CascadeCalibrationArguments, data: SplitArguments) -> 
         )
         for tokenizer, positions in zip(each, longest, strict=True)
     ]
-    goals = {name: value for name, value in vars(wanted).items() if name not in ("model", "split", "output_dir")}
-    settings = calibrate(cascade, rows, [make_collator(tokenizer) for tokenizer in each], **goals)
+    elsewhere = ("model", "split", "output_dir", "reference")
+    goals = {name: value for name, value in vars(wanted).items() if name not in elsewhere}
+    collators = [make_collator(tokenizer) for tokenizer in each]
+    settings = calibrate(cascade, rows, collators, reference=reference, **goals)
     if wanted.output_dir is None:  # only the settings change, so the weights are not written again
         cascade.config.save_pretrained(folder)
     else:
