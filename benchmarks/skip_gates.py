@@ -12,9 +12,10 @@ in the settings of exits alone share one backbone. `--ungated` starts from ungat
 
 Of each run a row is kept: metric, layers run and FLOPs on validation by skipping alone, by both, and with settings
 chosen on calibration rows for 2 and 3 times fewer FLOPs than the ungated model, with paired bootstrap intervals; the
-metric with soft weights; how many paths rows take; milliseconds per text at batch 32. `chart` draws exits alone,
-skipping alone and both. Rows go to benchmarks/results/skip-<task>.json one by one, so an interrupted run goes on. Other
-settings are refused there: name another --suffix.
+metric with soft weights; how many paths rows take; milliseconds per text at batch 32. What is seen on the calibration
+rows, to choose settings of the training by, has names of its own. Rows go to benchmarks/results/skip-<task>.json one by
+one, so an interrupted run goes on. Other settings are refused there: name another --suffix. `chart` draws exits alone,
+skipping alone and both; exits come from the file without suffix where that with one has none.
 """
 
 from __future__ import annotations
@@ -143,6 +144,9 @@ def measured(job: LayerSkipping, facts: dict[str, Any]) -> dict[str, Any]:
             "skips_difference_95": difference(replays["validation"].full_depth, ungated["validation"], job),
             "skips_speedup": ungated["validation"].mean_flops / by_name["skipping"]["flops_per_row"],
             "soft_metric": soft_metric(model, job),
+            "calibration_metric": replays["calibration"].full_depth.metric(job.metric),
+            "calibration_ungated": ungated["calibration"].metric(job.metric),
+            "calibration_speedup": ungated["calibration"].mean_flops / replays["calibration"].full_depth.mean_flops,
             "layers_run": facts["skipping"]["layers_run"],
             "paths": len(facts["skipping"]["paths"]),
             "commonest_path": next(iter(facts["skipping"]["paths"].values())),
@@ -188,8 +192,10 @@ def at_speedup(
         )
     except UnreachableGoalError as error:
         return {"out_of_reach": str(error)}
-    exits = reported.at(settings)
+    seen, exits = chosen_on.at(settings), reported.at(settings)
     return {
+        "chosen_metric": seen.metric(job.metric),
+        "chosen_speedup": ungated["calibration"].mean_flops / seen.mean_flops,
         "metric": exits.metric(job.metric),
         "speedup": ungated["validation"].mean_flops / exits.mean_flops,
         "difference_95": difference(exits, ungated["validation"], job),
@@ -206,14 +212,19 @@ def soft_metric(model: CostEffForSequenceClassification, job: LayerSkipping) -> 
     return METRICS[job.data.problem_type][job.metric](torch.cat(logits).numpy(), np.array(rows["labels"]))
 
 
+def ungated_rows(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of exits alone."""
+    return {name: row for name, row in rows.items() if name.startswith(f"{UNGATED}/")}
+
+
 def chart(given: argparse.Namespace) -> None:
     """Metric against FLOPs, one picture per task: a line per run with exits, a point per run that skips alone."""
     figure = new_figure(4.5 * len(given.tasks), 4)
     for axes, task in zip(figure.subplots(1, len(given.tasks), squeeze=False)[0], given.tasks, strict=True):
         rows = rows_of(RESULTS / f"skip-{task}{given.suffix}.json")
-        ungated = [row for name, row in rows.items() if name.startswith(f"{UNGATED}/")]
-        whole = statistics.mean(row["flops_per_row"]["all layers"] for row in ungated)
-        for name, row in rows.items():
+        ungated = ungated_rows(rows) or ungated_rows(rows_of(RESULTS / f"skip-{task}.json"))
+        whole = statistics.mean(row["flops_per_row"]["all layers"] for row in ungated.values())
+        for name, row in {**ungated, **rows}.items():
             variant = name.split("/")[0]
             if variant in LINES:
                 flops, metric = zip(*sorted(row["curve"]), strict=True)

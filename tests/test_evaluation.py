@@ -183,6 +183,11 @@ def test_a_speed_up_counts_against_the_reference_unless_flops_are_named(multi_ex
     }.items():
         settings = calibrate(model, rows, COLLATOR, target_speedup=2.0, show_progress=False, **options)
         found[name] = settings.calibration["speedup_over_full_depth"]
+        if name == "against":
+            gain = settings.calibration["speedup_over_reference"]
+            full = sum(cumulative_flops(model.config, n, checked_exits=[4])[-1] for n in lengths) / sum(flops)
+            assert gain == pytest.approx(found[name] / full) and gain >= 2.0
+            assert f"{gain:.2f}x fewer than the reference." in describe_seen(settings.calibration)
     assert found["against"] == found["named"] != found["alone"] >= 2.0 and found["both"] == 1.0
 
 

@@ -430,6 +430,8 @@ def choose_exit_config(
         paths, loss = search.paths(replay, goal), _loss_of(replay, goal, metric)
         _check_full_depth(replay, paths, loss, goal, limit)
         chosen = _within(replay, paths, loss, limit, costs)[0]
+    if reference_flops is not None and records.reference is not None:
+        extra["speedup_over_reference"] = reference_flops / replay.at(chosen).mean_flops
     if exit_times is not None:
         extra["timed"] = {"ms_per_text": replay.at(chosen).mean_cost(costs), **exit_times.conditions()}
     return dataclasses.replace(chosen, calibration={"goal": {goal: limit}, **_seen(replay, chosen, metric), **extra})
@@ -633,9 +635,11 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
         quality = f"{100 * seen['disagreement']:.2f}% answer otherwise {than}"
     trained = seen.get("trained_rows", 0)
     rows = f"{seen['rows']:,} rows, {trained:,} of which were in training" if trained else f"{seen['rows']:,} rows"
+    gain = seen.get("speedup_over_reference")
+    over = "" if gain is None else f", {gain:.2f}x fewer than {seen['reference']}"
     said = (
         f"On {rows}: {quality}, mean exit layer {seen['mean_exit_layer']:.2f}, "
-        f"{seen['speedup_over_full_depth']:.2f}x fewer FLOPs."
+        f"{seen['speedup_over_full_depth']:.2f}x fewer FLOPs{over}."
     )
     if timed := seen.get("timed"):
         hardware = timed["hardware"]["accelerator"] or timed["hardware"]["cpu"]
