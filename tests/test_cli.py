@@ -242,6 +242,13 @@ def test_calibrate_names_the_limits_it_chose(flags, words, slim, files, capsys):
     assert words in capsys.readouterr().out
 
 
+def test_calibrate_does_not_write_over_a_file(slim, files, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    assert main(["calibrate", slim, *files, "--max_metric_drop", "1", "--output_dir", str(tmp_path / "rows.csv")]) == 1
+    assert "rows.csv', a file, which would be overwritten. Name a folder." in capsys.readouterr().err
+    assert (tmp_path / "rows.csv").read_text() == "text,label\n"
+
+
 def test_calibrate_counts_losses_against_a_reference_that_is_named(slim, files, tmp_path, capsys):
     teacher = tiny_bert(num_labels=2)
     teacher.save_pretrained(tmp_path / "teacher")

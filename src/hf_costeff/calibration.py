@@ -463,8 +463,8 @@ def _check_full_depth(replay: ExitReplay, paths: list[SettingsPath], loss: Loss,
     [lost] = loss(careful)
     if lost > limit + 1e-9:
         raise UnreachableGoalError(
-            f"`{goal}` is {limit:g}, and full depth itself loses {lost:.2f} points against {_reference_of(replay)}, so "
-            "no exit settings keep to it. Allow more, or train the model further."
+            f"`{goal}` is {limit:g}, and full depth itself loses {lost:.2f} points against {_reference_of(replay)}. "
+            "Settings are tried from there on, as long as they keep to it. Allow more, or train the model further."
         )
 
 

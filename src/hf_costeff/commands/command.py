@@ -120,8 +120,11 @@ def writable_folder(name: str, output_dir: str | None) -> str:
     """Where a changed model goes: `output_dir`, or back to the local folder it came from.
 
     Raises:
-        ValueError: If it came from the Hub and no folder is named, or there is no such checkpoint.
+        ValueError: If it came from the Hub and no folder is named, there is no such checkpoint, or what is named is a
+            file.
     """
+    if output_dir is not None and Path(output_dir).is_file():
+        raise ValueError(f"`output_dir` is {output_dir!r}, a file, which would be overwritten. Name a folder.")
     if output_dir is None and not Path(name).is_dir():
         load_config(name)
         raise ValueError(f"{name} is not a local folder, so the result cannot go back. Give --output_dir.")
