@@ -197,6 +197,7 @@ def test_a_reference_must_answer_for_the_model(rows):
     for reference, options, message in (
         (tiny_bert(num_labels=2), {}, "The reference has 2 labels and the model 3"),
         (cascade, {}, "The reference is a cascade.*take its last member"),
+        (tiny_bert(max_position_embeddings=5), {}, "and the reference takes 5. Give rows that it can read"),
         (tiny_bert(), {"exit_times": times}, "`reference` and `exit_times` are given.*was not timed"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -24,6 +24,7 @@ from .cascade_costs import member_flops
 from .checkpoints import public_name
 from .checksums import fingerprint
 from .configuration_costeff import check_skip_layers, problem_type_of
+from .conversion import longest_text
 from .efficiency import (
     PAPER_SEQ_LENGTH,
     count_parameters,
@@ -324,9 +325,9 @@ def calibrate(
     by_time = None if checked_exits is not None else _exits_chosen_by_time(model)
     search = ExitSearch(criterion, per_exit, fit_temperatures, by_time if checked_exits is None else checked_exits)
     check_goal(model.config, metric, criterion=criterion, **goals)  # before the model runs over all rows
-    if reference is not None:
-        _check_reference(reference, model, exit_times if target_speedup is not None else None)
     datasets, collators = _one_each(model, dataset, collator)
+    if reference is not None:
+        _check_reference(reference, model, datasets[-1], exit_times if target_speedup is not None else None)
     trained_rows = _count_trained_rows(model, datasets[-1], trained_keys)
     records = _calibration_records(model, datasets, collators, guarantee, show_progress)
     if reference is not None:
@@ -342,7 +343,9 @@ def calibrate(
     return settings
 
 
-def _check_reference(reference: PreTrainedModel, model: PreTrainedModel, exit_times: ExitTimes | None) -> None:
+def _check_reference(
+    reference: PreTrainedModel, model: PreTrainedModel, dataset: Dataset, exit_times: ExitTimes | None
+) -> None:
     if isinstance(reference, CostEffCascade):
         raise ValueError("The reference is a cascade. Losses are counted against a single model: take its last member.")
     if exit_times is not None:
@@ -351,6 +354,12 @@ def _check_reference(reference: PreTrainedModel, model: PreTrainedModel, exit_ti
             "out: without times the speed-up counts FLOPs, without a reference it is over this model at full depth."
         )
     check_same_labels(reference.config, model.config, "reference")
+    longest, most = int(_lengths(dataset).max()), longest_text(reference.config)
+    if longest > most:
+        raise ValueError(
+            f"The longest row has {longest} tokens, and the reference takes {most}. Give rows that it can read: a "
+            "lower `max_length`, or another reference."
+        )
 
 
 def _name(model: PreTrainedModel) -> str:
