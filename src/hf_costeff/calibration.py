@@ -583,10 +583,9 @@ def _guaranteed(
         why = _why_not(named, lost[untested] if len(lost) > untested else None, tests, epsilon, delta)
         return steps[0][0], {"no_promise": f"Cannot promise {wanted}: {why}"}
     position, flips = safe
-    promise = {"loss": goal, "epsilon": epsilon, "delta": delta, "rows": tests, "flips": flips}
-    promise["reference"] = _reference_of(replay)
+    counted = {"rows": tests, "flips": flips, "reference": _reference_of(replay)}
     part, own = [(part, own) for part in steps for own in range(len(part))][position + untested]
-    return part[own], {"promise": promise}
+    return part[own], {"promise": {"loss": goal, "epsilon": epsilon, "delta": delta, **counted}}
 
 
 def _why_not(named: str, flips: int | None, rows: int, epsilon: float, delta: float) -> str:
@@ -631,8 +630,7 @@ def describe_seen(seen: Mapping[str, Any]) -> str:
         other = f"{seen['reference_metric']:.4f} of {seen['reference']}, " if "reference" in seen else ""
         quality = f"{seen['metric']} {other}{seen['full_depth']:.4f} {full}, {seen['early_exit']:.4f} with early exit"
     else:
-        than = f"than {seen['reference']}" if "reference" in seen else f"than {full}"
-        quality = f"{100 * seen['disagreement']:.2f}% answer otherwise {than}"
+        quality = f"{100 * seen['disagreement']:.2f}% answer otherwise than {seen.get('reference', full)}"
     trained = seen.get("trained_rows", 0)
     rows = f"{seen['rows']:,} rows, {trained:,} of which were in training" if trained else f"{seen['rows']:,} rows"
     gain = seen.get("speedup_over_reference")

@@ -108,7 +108,7 @@ class ExitLogits:
             labels,
             member_flops=flops,
             skipped=skipped,
-            reference=None if other is None else ReferenceLogits(other.name, other.logits[rows]),
+            reference=None if other is None else dataclasses.replace(other, logits=other.logits[rows]),
         )
 
 
